@@ -1,0 +1,62 @@
+"""The only file that calls torch.distributed. Without a process group, or with one rank, every call is local."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["PeerError", "all_or_nothing", "gather", "rank", "sum_over_ranks", "world_size"]
+
+
+class PeerError(RuntimeError):
+    """Another rank failed; its own log holds the traceback."""
+
+
+def rank() -> int:
+    """This process's rank, 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of ranks, 1 without a process group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of this host tensor over all ranks, the same bits on each of them."""
+    if world_size() == 1:
+        return tensor
+    # verl's group is "cpu:gloo,cuda:nccl"; a group without a host backend wants the tensor on its device.
+    on_host = "cpu" in dist.get_backend_config()
+    device = torch.device("cpu") if on_host else torch.accelerator.current_accelerator()
+    total = tensor.to(device, copy=True)
+    dist.all_reduce(total)
+    return total.cpu()
+
+
+def gather(item: Any) -> list[Any]:
+    """Every rank's (picklable) item, in the order of ranks, on each of them."""
+    if world_size() == 1:
+        return [item]
+    items: list[Any] = [None] * world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def all_or_nothing(error: BaseException | None) -> None:
+    """End a phase of work on all ranks together: returns when all succeeded, raises on each when one failed.
+
+    A rank that raised on its own would leave the others waiting in their next collective, and the training with them.
+
+    Args:
+        error: what this rank caught, or None.
+
+    Raises:
+        BaseException: the error of this rank.
+        PeerError: another rank's.
+    """
+    failed = sum_over_ranks(torch.tensor([0.0 if error is None else 1.0], dtype=torch.float64))
+    if error is not None:
+        raise error
+    if failed.item():
+        raise PeerError(f"{int(failed.item())} of {world_size()} ranks failed in RELEX; their logs say why")

@@ -1,0 +1,126 @@
+"""What the Gram matrix says about a trajectory, each figure beside what a pure random walk would show.
+
+Every function takes a stack G (L, T, T) float64 of delta Gram matrices and returns one value a tensor, (L,). A tensor
+that never moved has no direction: its diagnostics are NaN ("not defined"), never 0. Explained variance and R^2 alone say
+little (a random walk in many dimensions scores 0.81 and 0.96), hence `random_walk_gram`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from relex_verl.extrapolators import METHODS, line_hat, top_eigenvectors
+
+__all__ = [
+    "backtest_error",
+    "coefficients",
+    "direction_drift",
+    "explained_variance",
+    "line_r2",
+    "random_walk_gram",
+    "spectral_gap",
+    "summary",
+]
+
+
+def random_walk_gram(steps: Sequence[int]) -> torch.Tensor:
+    """G of a random walk from step 0 in the limit of many dimensions: G_ij = min(s_i, s_j), up to scale; (1, T, T).
+
+    Independent increments are orthogonal there, so <delta_i, delta_j> is the length of the shared prefix.
+    """
+    steps_T = torch.tensor(list(steps), dtype=torch.float64)
+    return torch.minimum(steps_T.unsqueeze(0), steps_T.unsqueeze(1)).unsqueeze(0)
+
+
+def explained_variance(gram_LTT: torch.Tensor, rank: int = 1) -> torch.Tensor:
+    """Share of sum_t |delta_t|^2 in the top r directions: sum_{i<=r} sigma_i^2 / trace G (paper, section 3.1); (L,)."""
+    _, values_Lr = top_eigenvectors(gram_LTT, rank)
+    return values_Lr.sum(-1) / _trace(gram_LTT)
+
+
+def spectral_gap(gram_LTT: torch.Tensor) -> torch.Tensor:
+    """(sigma_1 - sigma_2) / sigma_1: 1 for a straight line, 0 for two equal directions; (L,)."""
+    if gram_LTT.shape[-1] < 2:
+        return torch.full(gram_LTT.shape[:1], torch.nan, dtype=gram_LTT.dtype)
+    _, values_L2 = top_eigenvectors(gram_LTT, 2)
+    sigma_L2 = values_L2.sqrt()
+    return (sigma_L2[:, 0] - sigma_L2[:, 1]) / sigma_L2[:, 0]
+
+
+def coefficients(gram_LTT: torch.Tensor) -> torch.Tensor:
+    """c_t = <delta_t, v_1> = sigma_1 u_1 (paper, section 3.2), signed so that the last one is not negative; (L, T)."""
+    vectors_LT1, values_L1 = top_eigenvectors(gram_LTT, 1)
+    coefficients_LT = vectors_LT1.squeeze(-1) * values_L1.sqrt()
+    return torch.where(coefficients_LT[:, -1:] < 0, -coefficients_LT, coefficients_LT)
+
+
+def line_r2(gram_LTT: torch.Tensor, steps: Sequence[int]) -> torch.Tensor:
+    """R^2 of the least-squares line through the rank-1 coefficients (paper, Finding 2); (L,), NaN below 3 rows."""
+    if len(steps) < 3:
+        return torch.full(gram_LTT.shape[:1], torch.nan, dtype=gram_LTT.dtype)
+    coefficients_LT = coefficients(gram_LTT)
+    hat_TT = torch.stack([line_hat(steps, step) for step in steps])
+    residual_LT = coefficients_LT - coefficients_LT @ hat_TT.T
+    spread_L = (coefficients_LT - coefficients_LT.mean(-1, keepdim=True)).square().sum(-1)
+    return torch.where(_trace(gram_LTT) > 0, 1.0 - residual_LT.square().sum(-1) / spread_L, torch.nan)
+
+
+def direction_drift(gram_LTT: torch.Tensor, prefix: int) -> torch.Tensor:
+    """1 - |cos| between v_1 fitted on the first `prefix` rows and v_1 fitted on all T; (L,).
+
+    cos = u(k)^T G[:k, :T] u(T) / (sigma(k) sigma(T)), since v(k) = M_k^T u(k) / sigma(k).
+
+    Raises:
+        ValueError: prefix outside 1..T.
+    """
+    rows = gram_LTT.shape[-1]
+    if not 1 <= prefix <= rows:
+        raise ValueError(f"prefix must be within 1..{rows}, got {prefix}")
+    early_Lk1, early_L1 = top_eigenvectors(gram_LTT[:, :prefix, :prefix], 1)
+    late_LT1, late_L1 = top_eigenvectors(gram_LTT, 1)
+    inner_L = (early_Lk1.mT @ gram_LTT[:, :prefix, :] @ late_LT1).flatten()
+    return 1.0 - (inner_L / (early_L1 * late_L1).sqrt().flatten()).abs().clamp_max(1.0)
+
+
+def backtest_error(
+    gram_LTT: torch.Tensor, steps: Sequence[int], prefix: int, method: str = "relex", rank: int = 1
+) -> torch.Tensor:
+    """Fit on the first `prefix` rows, predict the last observed row, compare with holding row `prefix`; (L,).
+
+    |delta_hat - delta_T| / |delta_prefix - delta_T|, both from G alone: |sum_t x_t delta_t|^2 = x^T G x. Below 1 the
+    prediction is nearer to the truth than the checkpoint that it was made from.
+
+    Raises:
+        ValueError: prefix is not smaller than T, or too short for the method.
+    """
+    rows = gram_LTT.shape[-1]
+    if not METHODS[method].min_rows <= prefix < rows:
+        raise ValueError(f"prefix must be within {METHODS[method].min_rows}..{rows - 1} for {method}, got {prefix}")
+    gram_Lkk = gram_LTT[:, :prefix, :prefix]
+    miss_LT = torch.zeros(gram_LTT.shape[:2], dtype=gram_LTT.dtype)
+    miss_LT[:, :prefix] = METHODS[method].weights(gram_Lkk, list(steps)[:prefix], steps[-1], rank)
+    miss_LT[:, -1] -= 1.0
+    hold_LT = torch.zeros_like(miss_LT)
+    hold_LT[:, prefix - 1], hold_LT[:, -1] = 1.0, -1.0
+    return (_quadratic(gram_LTT, miss_LT) / _quadratic(gram_LTT, hold_LT)).sqrt()
+
+
+def summary(values_L: torch.Tensor) -> dict[str, float]:
+    """Mean, 10th percentile and minimum over the tensors for which the value is defined; empty when none is."""
+    defined = values_L[values_L.isfinite()]
+    if not len(defined):
+        return {}
+    return {
+        "mean": defined.mean().item(),
+        "p10": defined.quantile(0.1).item(),
+        "min": defined.min().item(),
+    }
+
+
+def _trace(gram_LTT: torch.Tensor) -> torch.Tensor:
+    return gram_LTT.diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+def _quadratic(gram_LTT: torch.Tensor, vectors_LT: torch.Tensor) -> torch.Tensor:
+    """x^T G x a tensor, clipped at 0 against rounding; (L,)."""
+    return torch.einsum("li,lij,lj->l", vectors_LT, gram_LTT, vectors_LT).clamp_min(0.0)

@@ -1,0 +1,152 @@
+"""Extrapolators as weight vectors: (G, steps, target) -> a.
+
+Every predictor here is linear in the observed deltas of its own tensor,
+
+    theta_hat = theta_0 + sum_t a_t delta_t = theta_last + sum_t (w_t - 1) e_t,    w_t = sum_{s >= t} a_s,
+
+so a method is a function that returns `a`, one row a tensor, and needs no weights: only the Gram matrix G = M M^T (L, T, T)
+and the real step numbers. With G = U S^2 U^T, the paper's v_1 = M^T u_1 / s_1 and c = M v_1 = s_1 u_1, the RELEX
+prediction c_hat v_1 (Algorithm 2) becomes a = u_1 u_1^T l with l the hat vector of the least-squares line at the target:
+no division by a singular value, no sign to choose, no singular vector in memory. Tensors that never moved (trace 0) get
+a = 0, which predicts the base.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+
+__all__ = [
+    "METHODS",
+    "Method",
+    "increment_coefficients",
+    "line_hat",
+    "polynomial_hat",
+    "reconstruction_weights",
+    "top_eigenvectors",
+]
+
+
+def top_eigenvectors(gram_LTT: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The top eigenpairs of every Gram matrix of a stack, largest first.
+
+    Args:
+        gram_LTT: G, (L, T, T) float64.
+        rank: r; more than T is cut down to T.
+
+    Returns:
+        U_r (L, T, r) and the eigenvalues sigma^2 (L, r), clipped at 0.
+
+    Raises:
+        ValueError: rank below 1.
+    """
+    if rank < 1:
+        raise ValueError(f"rank must be at least 1, got {rank}")
+    values_LT, vectors_LTT = torch.linalg.eigh(gram_LTT)  # ascending
+    return vectors_LTT.flip(-1)[..., :rank], values_LT.flip(-1)[..., :rank].clamp_min(0.0)
+
+
+def line_hat(steps: Sequence[int], target: float) -> torch.Tensor:
+    """The hat vector l of a least-squares line c(s) = a s + b over the steps, evaluated at the target (paper, step 2).
+
+    l_t = 1/T + (target - mean s) (s_t - mean s) / sum (s - mean s)^2, so that l^T c is the extrapolated coefficient.
+
+    Args:
+        steps: the T real step numbers of the rows.
+        target: the step to predict.
+
+    Returns:
+        l, (T,) float64.
+
+    Raises:
+        ValueError: fewer than two different steps (a line needs two).
+    """
+    return polynomial_hat(steps, target, degree=1)
+
+
+def polynomial_hat(steps: Sequence[int], target: float, degree: int) -> torch.Tensor:
+    """The hat vector of a least-squares polynomial of this degree over the steps, evaluated at the target.
+
+    The basis is scaled to [-1, 1] over the steps: raw powers of step numbers would lose all digits.
+
+    Raises:
+        ValueError: fewer different steps than coefficients.
+    """
+    if len(set(steps)) <= degree:
+        raise ValueError(f"a polynomial of degree {degree} needs {degree + 1} observed steps, got {sorted(set(steps))}")
+    steps_T = torch.tensor(list(steps), dtype=torch.float64)
+    centre, half = (steps_T.max() + steps_T.min()) / 2, (steps_T.max() - steps_T.min()) / 2
+    powers = torch.arange(degree + 1, dtype=torch.float64)
+    basis_TD = ((steps_T - centre) / half).unsqueeze(1) ** powers
+    at_target_D = ((target - centre) / half) ** powers
+    return torch.linalg.lstsq(basis_TD.T, at_target_D.unsqueeze(1), driver="gelsd").solution.squeeze(1)
+
+
+def increment_coefficients(weights_LT: torch.Tensor) -> torch.Tensor:
+    """w_t - 1 with w_t = sum_{s >= t} a_s: what each increment counts when the sum starts from theta_last.
+
+    Args:
+        weights_LT: a, (L, T).
+
+    Returns:
+        (L, T) float64; all zero where the prediction is the last observed checkpoint.
+    """
+    return weights_LT.flip(-1).cumsum(-1).flip(-1) - 1.0
+
+
+def reconstruction_weights(gram_LTT: torch.Tensor, row: int, rank: int = 1) -> torch.Tensor:
+    """Rank-r reconstruction of an observed row (paper, Algorithm 1): a = U_r U_r^T 1_row.
+
+    Args:
+        gram_LTT: G, (L, T, T).
+        row: index of the observed row, 0 <= row < T.
+        rank: r.
+
+    Returns:
+        a, (L, T).
+    """
+    return _project(gram_LTT, _unit(gram_LTT, row), rank)
+
+
+class Method(NamedTuple):
+    """One extrapolator: its function, the formula for a, where it comes from, how many rows it needs."""
+
+    weights: Callable[..., torch.Tensor]
+    formula: str
+    source: str
+    min_rows: int = 2
+
+
+def _unit(gram_LTT: torch.Tensor, row: int) -> torch.Tensor:
+    unit_T = torch.zeros(gram_LTT.shape[-1], dtype=gram_LTT.dtype)
+    unit_T[row] = 1.0
+    return unit_T
+
+
+def _project(gram_LTT: torch.Tensor, hat_T: torch.Tensor, rank: int) -> torch.Tensor:
+    """U_r U_r^T hat, one row a tensor; 0 where nothing moved (any direction would do there, so take none)."""
+    vectors_LTr, _ = top_eigenvectors(gram_LTT, rank)
+    weights_LT = (vectors_LTr @ (vectors_LTr.mT @ hat_T).unsqueeze(-1)).squeeze(-1)
+    return torch.where(_moved(gram_LTT), weights_LT, 0.0)
+
+
+def _moved(gram_LTT: torch.Tensor) -> torch.Tensor:
+    return (gram_LTT.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)) > 0
+
+
+def _same_for_all(gram_LTT: torch.Tensor, weights_T: torch.Tensor) -> torch.Tensor:
+    return weights_T.expand(gram_LTT.shape[0], -1).clone()
+
+
+def _relex(gram_LTT: torch.Tensor, steps: Sequence[int], target: float, rank: int = 1) -> torch.Tensor:
+    return _project(gram_LTT, line_hat(steps, target), rank)
+
+
+def _hold(gram_LTT: torch.Tensor, steps: Sequence[int], target: float, rank: int = 1) -> torch.Tensor:
+    return _same_for_all(gram_LTT, _unit(gram_LTT, -1))
+
+
+METHODS: dict[str, Method] = {
+    "relex": Method(_relex, "U_r U_r^T l(target)", "Wei et al. 2026, Algorithm 2, arXiv:2605.21468"),
+    "hold": Method(_hold, "1_T", "the last observed checkpoint: the baseline that a prediction has to beat", 1),
+}

@@ -1,0 +1,213 @@
+"""Read and write Hugging Face safetensors checkpoints, a rank's runs at a time, whole or not at all.
+
+A predicted checkpoint is laid out like its base: the same files, the same tensors. Every rank writes the elements it holds
+straight to their byte offsets, so no rank ever holds the whole model and nothing is gathered. The files are made in a
+temporary folder beside the destination, which gets its name when all of them are complete.
+Format: https://huggingface.co/docs/safetensors
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from relex_verl.shards import Placement, TensorShard
+
+__all__ = ["BaseCheckpoint", "CheckpointWriter", "resolve_model", "write_json"]
+
+INDEX_NAME = "model.safetensors.index.json"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
+ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON to a temporary name, then rename: readers see the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def resolve_model(model: str | os.PathLike[str]) -> Path:
+    """The folder of a model: itself when it is one, else the Hub snapshot of that id (from the cache if it is there)."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
+
+
+@dataclass(frozen=True)
+class _Entry:
+    file: str
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors spells it: BF16, F32, ...
+
+
+class BaseCheckpoint:
+    """A Hugging Face checkpoint on disk, read lazily (memory-mapped).
+
+    Attributes:
+        folder: where it lies.
+        entries: name -> file, shape and dtype of every tensor, in file order.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Read the headers only.
+
+        Raises:
+            FileNotFoundError: no safetensors file in the folder; pickled weights are not read.
+            ValueError: a tensor stands in two files.
+        """
+        self.folder = Path(folder)
+        files = sorted(self.folder.glob("*.safetensors"))
+        if (self.folder / INDEX_NAME).exists():
+            named = set(json.loads((self.folder / INDEX_NAME).read_text())["weight_map"].values())
+            files = [self.folder / name for name in sorted(named)]
+        if not files:
+            raise FileNotFoundError(
+                f"{self.folder} holds no safetensors checkpoint; RELEX reads and writes that format only. "
+                "Convert the model once: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
+            )
+        self.entries: dict[str, _Entry] = {}
+        self._open = {file.name: safe_open(file, framework="pt") for file in files}
+        for file, handle in self._open.items():
+            for name in handle.offset_keys():
+                if name in self.entries:
+                    raise ValueError(f"{name} stands in both {self.entries[name].file} and {file}")
+                part = handle.get_slice(name)
+                self.entries[name] = _Entry(file, tuple(part.get_shape()), part.get_dtype())
+
+    def read(self, name: str, placement: Placement | None = None) -> torch.Tensor:
+        """A tensor as stored, or the elements of it that a placement names (flat).
+
+        Raises:
+            KeyError: no such tensor.
+        """
+        tensor = self._open[self.entries[name].file].get_tensor(name)
+        if placement is None:
+            return tensor
+        flat = tensor.flatten()
+        return torch.cat([flat[start : start + length] for _, start, length in placement.runs()] or [flat[:0]])
+
+    def read_bf16(self, name: str, placement: Placement) -> torch.Tensor:
+        """The elements that a placement names, rounded to bfloat16 as an engine does when it hands out its weights."""
+        return self.read(name, placement).to(torch.bfloat16)
+
+
+class CheckpointWriter:
+    """Writes one checkpoint laid out like `base`, in three steps: `begin` (one process), `write` (any number of
+    processes, each its own shards), `commit` (one process, after all have written).
+
+    Tensors that are observed are stored as bfloat16; `write` fills them. The others are copied from the base.
+    """
+
+    def __init__(self, base: BaseCheckpoint, folder: Path, observed: set[str], aliases: Mapping[str, str]) -> None:
+        """Plan the files.
+
+        Args:
+            base: whose layout to take.
+            folder: the destination; replaced as a whole if it exists.
+            observed: names of the tensors that `write` will fill.
+            aliases: tied name -> the observed name that it shares its elements with.
+        """
+        self.base, self.folder = base, folder
+        self.partial = folder.with_name(f".{folder.name}.partial")
+        self._targets: dict[str, list[str]] = {name: [name] for name in observed}
+        for alias, name in aliases.items():
+            self._targets[name].append(alias)
+        filled = observed | set(aliases)
+        headers: dict[str, dict[str, Any]] = {}
+        self._size: dict[str, int] = {}  # file -> bytes of its tensors
+        for name, entry in base.entries.items():
+            dtype = "BF16" if name in filled else entry.dtype
+            start = self._size.get(entry.file, 0)
+            end = start + prod(entry.shape) * ITEM_SIZE[dtype]
+            offsets = {"dtype": dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
+            headers.setdefault(entry.file, {})[name] = offsets
+            self._size[entry.file] = end
+        self._header = {file: _header_bytes(header) for file, header in headers.items()}
+        self._range = {name: tuple(value["data_offsets"]) for header in headers.values() for name, value in header.items()}
+        self._filled = filled
+
+    def begin(self) -> None:
+        """Make the temporary folder with the files at their full size, headers and untouched tensors in place."""
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        for file, header in self._header.items():
+            with open(self.partial / file, "wb") as stream:
+                stream.write(header)
+                stream.truncate(len(header) + self._size[file])
+        for name in self.base.entries:
+            if name not in self._filled:
+                tensor = self.base.read(name).contiguous().flatten()
+                self._view(name)[:] = tensor.view(torch.uint8).numpy()
+        for source in self.base.folder.iterdir():
+            if source.is_file() and not source.name.endswith(WEIGHT_SUFFIXES):
+                shutil.copy(source, self.partial / source.name)
+        _declare_bf16(self.partial / "config.json")
+        self._write_index()
+
+    def write(self, shard: TensorShard) -> None:
+        """Put a shard's elements (bfloat16) into their places; tied names get theirs too."""
+        content = shard.data.contiguous().view(torch.uint8).numpy()
+        for name in self._targets[shard.name]:
+            if name in self.base.entries:
+                view = self._view(name)
+                for local, full, length in shard.placement.runs():
+                    view[2 * full : 2 * (full + length)] = content[2 * local : 2 * (local + length)]
+
+    def commit(self, provenance: Mapping[str, Any] | None = None) -> Path:
+        """Add `relex.json`, flush, and give the folder its name.
+
+        Returns:
+            The destination folder.
+        """
+        if provenance is not None:
+            write_json(self.partial / "relex.json", dict(provenance))
+        for path in self.partial.iterdir():
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.replace(self.partial, self.folder)
+        return self.folder
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights once written."""
+        return sum(self._size.values())
+
+    def _view(self, name: str) -> np.ndarray:
+        file, (start, end) = self.base.entries[name].file, self._range[name]
+        if start == end:
+            return np.empty(0, dtype=np.uint8)
+        offset = len(self._header[file]) + start
+        return np.memmap(self.partial / file, dtype=np.uint8, mode="r+", offset=offset, shape=(end - start,))
+
+    def _write_index(self) -> None:
+        if len(self._header) > 1:
+            weight_map = {name: entry.file for name, entry in self.base.entries.items()}
+            write_json(self.partial / INDEX_NAME, {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map})
+
+
+def _header_bytes(header: Mapping[str, Any]) -> bytes:
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data that follows is aligned to 8 bytes
+    return len(text).to_bytes(8, "little") + text
+
+
+def _declare_bf16(config: Path) -> None:
+    """Say bfloat16 in config.json where the base said another type, so that loading does not convert."""
+    if not config.exists():
+        return
+    content = json.loads(config.read_text())
+    changed = {key: "bfloat16" for key in ("dtype", "torch_dtype") if key in content}
+    if changed:
+        write_json(config, {**content, **changed})

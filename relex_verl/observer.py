@@ -1,0 +1,399 @@
+"""The one pipeline, online and offline: shards -> increments -> trajectory -> H and G -> weights -> predicted tensors.
+
+`Observer` is one rank's part of a running training; `extrapolate` does the same later from the trajectory on disk. Both
+end in `predicted_tensors` and `write_checkpoint`, so a prediction has the same bits whichever way it was made.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relex_verl import collectives, encodings
+from relex_verl.extrapolators import METHODS, increment_coefficients
+from relex_verl.gram import append_row, delta_gram
+from relex_verl.hf_checkpoint import BaseCheckpoint, CheckpointWriter, resolve_model
+from relex_verl.shards import Placement, ShardSource, TensorShard
+from relex_verl.trajectory import PackedStep, ShardHistory, Trajectory, TrajectoryError, TrajectoryIndex, Window
+
+__all__ = ["Observation", "Observer", "Prediction", "extrapolate", "predicted_tensors", "write_checkpoint"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What to predict: one method, one target step."""
+
+    method: str
+    target: int
+    rank: int = 1
+
+    @property
+    def folder_name(self) -> str:
+        """Name of its checkpoint folder."""
+        return f"{self.method}-step_{self.target}"
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One observed step, summed over the ranks.
+
+    Attributes:
+        step: the training step.
+        changed_share: share of the bf16 weights whose bits changed since the row before.
+        stored_bytes: bytes that the trajectory holds on disk.
+    """
+
+    step: int
+    changed_share: float
+    stored_bytes: int
+
+
+@dataclass
+class _Held:
+    """A shard that this rank is the one to count."""
+
+    shape: tuple[int, ...]
+    placement: Placement
+    last: torch.Tensor  # bfloat16 on the host, the weights at the last observed row
+
+
+class Observer:
+    """Follows the weights of one rank of a training run. All ranks call the same methods in the same order.
+
+    Methods raise on every rank when one fails (`PeerError` on the others), so that no rank is left waiting.
+    """
+
+    def __init__(self, folder: Path, base_model: str, aliases: Mapping[str, str], run: Mapping[str, Any]) -> None:
+        """Nothing is read or written yet.
+
+        Args:
+            folder: of the trajectory.
+            base_model: folder or Hub id of the base model.
+            aliases: tied name -> the name that it shares its elements with.
+            run: what identifies the training run.
+        """
+        self.folder, self.base_model, self.aliases, self.run = folder, base_model, dict(aliases), dict(run)
+        self.base = BaseCheckpoint(resolve_model(base_model))
+        self.held: dict[str, _Held] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of all tensors of all ranks, in the order of the stacks
+        self.packed: list[PackedStep] = []
+        self.steps: list[int] = []
+        self.increment_gram_LTT = torch.zeros(0, 0, 0, dtype=torch.float64)
+        self.stored_bytes = 0
+        self._trajectory: Trajectory | None = None
+
+    # Start and resume
+
+    def start(self, source: ShardSource) -> None:
+        """Take theta_0, before any checkpoint is loaded: who counts what, and whether it is the base model.
+
+        Raises:
+            ValueError: a tensor is not in the base checkpoint, or its elements are not covered exactly once.
+        """
+        with _together():
+            shards = list(source)
+            self._check_names(shards)
+        counted = _share_out([(shard.name, shard.shape, shard.placement) for shard in shards])
+        with _together():
+            self.shapes = _check_cover(counted)
+            mine = counted[collectives.rank()]
+            for shard in shards:
+                if shard.name in mine:
+                    last = shard.data.detach().to("cpu", torch.bfloat16, copy=True)
+                    self.held[shard.name] = _Held(shard.shape, shard.placement, last)
+            self.increment_gram_LTT = torch.zeros(len(self.shapes), 0, 0, dtype=torch.float64)
+
+    def open(self, step: int) -> None:
+        """Begin a trajectory on disk, or go on with the one of this run after `step` (0: from the start).
+
+        Raises:
+            TrajectoryError: the folder holds the trajectory of another run, or of another number of ranks.
+        """
+        with _together():
+            existing = Trajectory(self.folder) if (self.folder / "index.json").exists() else None
+            if existing is not None:
+                self._check_same_run(existing)
+        with _together():
+            if existing is None or not any(observed <= step for observed in existing.steps):
+                self._create(fresh=collectives.rank() == 0)
+            else:
+                self._resume(existing, step)
+
+    def _create(self, fresh: bool) -> None:
+        is_base = all(
+            torch.equal(_bits(self.base.read_bf16(name, held.placement)), _bits(held.last))
+            for name, held in self.held.items()
+        )
+        everywhere_base = all(collectives.gather(is_base))
+        origin = "base" if everywhere_base else "stored"
+        tensors = {name: list(shape) for name, shape in self.shapes.items()}
+        index = TrajectoryIndex(
+            self.base_model, "bf16", collectives.world_size(), tensors, self.aliases, self.run, [Window(0, origin)]
+        )
+        if fresh:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            Trajectory.create(self.folder, index)
+        collectives.gather(None)  # the folder is there before a rank writes into it
+        if not (self.folder / "index.json").exists():
+            raise TrajectoryError(
+                f"rank {collectives.rank()} does not see {self.folder}, which rank 0 made: relex.output_dir must lie on "
+                "a file system that all nodes share"
+            )
+        self._trajectory = Trajectory(self.folder)
+        placements = {name: held.placement for name, held in self.held.items()}
+        parts = None if everywhere_base else [held.last for held in self.held.values()]
+        self._trajectory.declare_rank(collectives.rank(), placements, parts)
+
+    def _resume(self, existing: Trajectory, step: int) -> None:
+        rank = collectives.rank()
+        placements = existing.placements(rank)
+        if placements != {name: held.placement for name, held in self.held.items()}:
+            raise TrajectoryError(f"{self.folder} was written with the weights cut otherwise between the ranks")
+        collectives.gather(None)  # every rank has read the index before it is rewritten
+        existing.window.steps = existing.steps_until(step)
+        if rank == 0:
+            existing.truncate(step)
+        for history in existing.histories(step, ranks=[rank]):
+            self.held[history.name].last = history.last
+        numels = [placement.numel for placement in placements.values()]
+        self.steps = list(existing.steps)
+        self.packed = [existing.load(rank, observed, numels) for observed in self.steps]
+        self.increment_gram_LTT = existing.increment_gram()
+        self.stored_bytes = sum(sum(collectives.gather(packed.nbytes)) for packed in self.packed)
+        self._trajectory = existing
+
+    # Observe
+
+    def observe(self, step: int, source: ShardSource) -> Observation:
+        """Add one row: the change of every tensor since the row before. Nothing is kept of it if a rank fails.
+
+        Raises:
+            ValueError: weights that are not finite; shards that differ from the first time.
+        """
+        packed, latest, row = None, {}, None
+        with _together():
+            packed, latest, row = self._encode(source)
+            self.trajectory.append(collectives.rank(), step, packed)
+        assert packed is not None and row is not None
+        elements = sum(held.placement.numel for held in self.held.values())
+        counts = torch.tensor([packed.changed, elements, packed.nbytes], dtype=torch.float64)
+        total = collectives.sum_over_ranks(torch.cat([row.flatten(), counts]))
+        row, (changed, elements, nbytes) = total[:-3].view_as(row), total[-3:].tolist()
+        with _together():
+            if collectives.rank() == 0:
+                self.trajectory.commit(step)
+            else:
+                self.trajectory.window.steps.append(step)
+        self.increment_gram_LTT = append_row(self.increment_gram_LTT, row)
+        self.packed.append(packed)
+        self.steps.append(step)
+        self.stored_bytes += int(nbytes)
+        for name, data in latest.items():
+            self.held[name].last = data
+        return Observation(step, changed / elements, self.stored_bytes)
+
+    def _encode(self, source: ShardSource) -> tuple[PackedStep, dict[str, torch.Tensor], torch.Tensor]:
+        """This rank's increments, the weights that they lead to, and its part of the new row of H, (L, t + 1)."""
+        numels = [held.placement.numel for held in self.held.values()]
+        position = {name: i for i, name in enumerate(self.shapes)}
+        local = {name: i for i, name in enumerate(self.held)}
+        increments, latest = [], {}
+        row_LT = torch.zeros(len(self.shapes), len(self.packed) + 1, dtype=torch.float64)
+        for shard in source:
+            if shard.name not in local:
+                continue
+            held = self.held[shard.name]
+            if shard.placement != held.placement or len(increments) != local[shard.name]:
+                raise ValueError(f"{shard.name}: the engine cuts or orders its weights otherwise than at the start")
+            increment = encodings.encode(held.last, shard.data)
+            history = [packed.increment(len(increments)) for packed in self.packed]
+            row_LT[position[shard.name]] = encodings.dots([*history, increment], len(held.last), shard.data.device)
+            increments.append(increment)
+            latest[shard.name] = shard.data.to("cpu", copy=True)
+        packed = PackedStep.pack(increments, numels)
+        packed.arrays["gram_row"] = row_LT[[position[name] for name in self.held]]
+        return packed, latest, row_LT
+
+    # Predict
+
+    def gram(self) -> torch.Tensor:
+        """G of all rows so far, (L, T, T), the same on every rank."""
+        return delta_gram(self.increment_gram_LTT)
+
+    def histories(self) -> Iterator[ShardHistory]:
+        """This rank's shards with all their increments."""
+        for i, (name, held) in enumerate(self.held.items()):
+            increments = [packed.increment(i) for packed in self.packed]
+            yield ShardHistory(name, held.shape, held.placement, held.last, increments)
+
+    def predicted_tensors(self, prediction: Prediction) -> Iterator[TensorShard]:
+        """This rank's part of the predicted checkpoint, tensor by tensor."""
+        return predicted_tensors(self.histories(), list(self.shapes), self.gram(), self.steps, prediction)
+
+    def write_prediction(self, prediction: Prediction, folder: Path, provenance: Mapping[str, Any]) -> Path:
+        """Write the predicted checkpoint together: every rank puts its own elements into the shared files."""
+        writer = CheckpointWriter(self.base, folder, set(self.shapes), self.aliases)
+        with _together():
+            if collectives.rank() == 0:
+                writer.begin()
+        with _together():
+            for shard in self.predicted_tensors(prediction):
+                writer.write(shard)
+        with _together():
+            if collectives.rank() == 0:
+                writer.commit(provenance)
+        return folder
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """The store on disk; `open` comes first."""
+        assert self._trajectory is not None
+        return self._trajectory
+
+    # Checks
+
+    def _check_names(self, shards: Sequence[TensorShard]) -> None:
+        unknown = sorted({shard.name for shard in shards} - set(self.base.entries))
+        if unknown:
+            raise ValueError(
+                f"{len(unknown)} tensors of the engine are not in the base checkpoint {self.base.folder}, e.g. "
+                f"{unknown[:3]}: RELEX writes checkpoints laid out like the base and would not know where they belong"
+            )
+        for shard in shards:
+            if shard.shape != self.base.entries[shard.name].shape:
+                base_shape = self.base.entries[shard.name].shape
+                raise ValueError(f"{shard.name} is {shard.shape} in the engine, {base_shape} in the base checkpoint")
+
+    def _check_same_run(self, existing: Trajectory) -> None:
+        index = existing.index
+        expected = {"base model": self.base_model, "ranks": collectives.world_size(), **self.run}
+        found = {"base model": index.base_model, "ranks": index.world_size, **index.run}
+        differing = {key: (found.get(key), value) for key, value in expected.items() if found.get(key) != value}
+        if differing:
+            said = "; ".join(f"{key} {there!r} there, {here!r} here" for key, (there, here) in differing.items())
+            raise TrajectoryError(
+                f"relex.output_dir={self.folder.parent} holds the trajectory of another run ({said}). "
+                "Give this run its own relex.output_dir, or remove that folder"
+            )
+
+
+def predicted_tensors(
+    histories: Iterable[ShardHistory],
+    names: Sequence[str],
+    gram_LTT: torch.Tensor,
+    steps: Sequence[int],
+    prediction: Prediction,
+) -> Iterator[TensorShard]:
+    """theta_hat of each shard: theta_last + sum_t (w_t - 1) e_t (DESIGN: one weight vector a tensor, from G alone).
+
+    Args:
+        histories: shards with all increments of `steps`.
+        names: of the tensors, in the order of the stack.
+        gram_LTT: G, (L, T, T).
+        steps: the T real step numbers.
+        prediction: the method, its rank and the target.
+    """
+    weights_LT = METHODS[prediction.method].weights(gram_LTT, steps, prediction.target, prediction.rank)
+    coefficients = dict(zip(names, increment_coefficients(weights_LT).tolist(), strict=True))
+    for history in histories:
+        data = encodings.accumulate(history.last, history.increments, coefficients[history.name])
+        yield TensorShard(history.name, history.shape, history.placement, data)
+
+
+def write_checkpoint(
+    trajectory: Trajectory,
+    shards: Iterable[TensorShard],
+    folder: Path,
+    provenance: Mapping[str, Any] | None = None,
+    progress: Callable[[int], None] = lambda elements: None,
+) -> Path:
+    """Write a checkpoint of a trajectory from one process, laid out like its base.
+
+    Args:
+        trajectory: whose base, names and aliases to take.
+        shards: every shard of every rank.
+        folder: the destination.
+        provenance: for `relex.json`.
+        progress: called with the number of elements of each shard written.
+    """
+    writer = CheckpointWriter(trajectory.base(), folder, set(trajectory.names), trajectory.index.aliases)
+    writer.begin()
+    for shard in shards:
+        writer.write(shard)
+        progress(shard.placement.numel)
+    return writer.commit(provenance)
+
+
+def extrapolate(trajectory: Trajectory, cut: int, prediction: Prediction) -> Iterator[TensorShard]:
+    """The prediction from the steps up to `cut`, from disk alone; the same bits as in the run.
+
+    Raises:
+        TrajectoryError: too few steps up to the cut.
+    """
+    steps = trajectory.steps_until(cut)
+    gram_LTT = delta_gram(trajectory.increment_gram(cut))
+    return predicted_tensors(trajectory.histories(cut), trajectory.names, gram_LTT, steps, prediction)
+
+
+class _together:
+    """A phase that ends on all ranks together: one rank's error is raised on each."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        collectives.all_or_nothing(error if isinstance(error, Exception) else None)
+
+
+def _share_out(
+    mine: Sequence[tuple[str, tuple[int, ...], Placement]],
+) -> list[dict[str, tuple[tuple[int, ...], Placement]]]:
+    """Who counts what: of the ranks that hold the same elements of a tensor one does, in turn over the tensors.
+
+    Returns:
+        For each rank its own name -> (shape, placement).
+    """
+    everyone = collectives.gather(list(mine))
+    claims: dict[tuple[str, Placement], list[int]] = {}
+    for rank, shards in enumerate(everyone):
+        for name, _, placement in shards:
+            if placement.numel:
+                claims.setdefault((name, placement), []).append(rank)
+    owner = {claim: ranks[i % len(ranks)] for i, (claim, ranks) in enumerate(claims.items())}
+    return [
+        {
+            name: (shape, placement)
+            for name, shape, placement in shards
+            if placement.numel and owner[name, placement] == rank
+        }
+        for rank, shards in enumerate(everyone)
+    ]
+
+
+def _check_cover(counted: Sequence[Mapping[str, tuple[tuple[int, ...], Placement]]]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of all tensors, after checking that every element is counted once."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    runs: dict[str, list[tuple[int, int]]] = {}
+    for shards in counted:
+        for name, (shape, placement) in shards.items():
+            shapes[name] = shape
+            runs.setdefault(name, []).extend((start, start + length) for _, start, length in placement.runs())
+    for name, shape in shapes.items():
+        end = 0
+        for start, stop in sorted(runs[name]):
+            if start != end:
+                raise ValueError(f"{name}: the ranks' shards overlap or leave a gap at element {min(start, end)}")
+            end = stop
+        if end != torch.Size(shape).numel():
+            raise ValueError(f"{name}: the ranks' shards end at element {end} of {torch.Size(shape).numel()}")
+    return dict(sorted(shapes.items()))
+
+
+def _bits(weights: torch.Tensor) -> torch.Tensor:
+    return weights.contiguous().view(torch.int16)

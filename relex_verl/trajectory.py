@@ -1,0 +1,330 @@
+"""The append-only store of a run's increments on disk.
+
+    trajectory/
+      index.json                     schema, base model, tensors, and the windows: origin and committed steps
+      rank_00000/placements.json     which elements of which tensors this rank holds
+      rank_00000/origin.safetensors  theta_0, only when it is not the base model
+      rank_00000/step_000001.safetensors   one increment of every tensor, and this rank's part of the new row of H
+
+Every file is written to a temporary name and renamed. A step counts when the index names it, and the index is rewritten
+after all ranks have written their files; what a killed run leaves beyond that is ignored, and overwritten by the next.
+A trajectory is a list of windows, each with its own origin; what reads or writes one here works on the last.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from relex_verl.encodings import BLOCK, SparseIncrement, replay
+from relex_verl.gram import append_row
+from relex_verl.hf_checkpoint import BaseCheckpoint, resolve_model, write_json
+from relex_verl.shards import Placement, TensorShard
+
+__all__ = ["SCHEMA_VERSION", "PackedStep", "ShardHistory", "Trajectory", "TrajectoryError", "TrajectoryIndex", "Window"]
+
+SCHEMA_VERSION = 1
+INCREMENT_FIELDS = ("block_count", "index", "value", "exception_index", "exception_old", "exception_new")
+
+
+class TrajectoryError(RuntimeError):
+    """A trajectory that is missing, damaged, or of another run."""
+
+
+@dataclass
+class Window:
+    """A stretch of observation from one origin theta_0.
+
+    Attributes:
+        origin_step: the training step of theta_0.
+        origin: "base" when theta_0 is the base model in bfloat16, "stored" when each rank holds its own copy.
+        steps: the committed steps, ascending.
+    """
+
+    origin_step: int = 0
+    origin: str = "base"
+    steps: list[int] = field(default_factory=list)
+
+
+@dataclass
+class TrajectoryIndex:
+    """What index.json says.
+
+    Attributes:
+        base_model: folder or Hub id of the base.
+        encoding: how increments are kept.
+        world_size: number of rank folders.
+        tensors: name -> shape, in the order of the stacks (L, ...).
+        aliases: tied name -> the name in `tensors` that holds its elements.
+        run: what identifies the training run.
+        windows: at least one.
+    """
+
+    base_model: str
+    encoding: str
+    world_size: int
+    tensors: dict[str, list[int]]
+    aliases: dict[str, str]
+    run: dict[str, Any]
+    windows: list[Window] = field(default_factory=lambda: [Window()])
+    schema_version: int = SCHEMA_VERSION
+
+
+class PackedStep:
+    """One increment of every tensor of a rank, end to end in a few flat arrays (a file has a dozen entries, not 10,000).
+
+    Attributes:
+        arrays: the fields of `SparseIncrement`, concatenated over the tensors; `entries` and `exceptions` (L,) int64
+            count each tensor's; `gram_row` (L, t) float64 is this rank's part of the new row of H.
+    """
+
+    def __init__(self, arrays: Mapping[str, torch.Tensor], numels: Sequence[int]) -> None:
+        self.arrays = dict(arrays)
+        blocks = torch.tensor([0, *(-(-numel // BLOCK) for numel in numels)]).cumsum(0).tolist()
+        entries = torch.cat([torch.zeros(1, dtype=torch.int64), self.arrays["entries"]]).cumsum(0).tolist()
+        exceptions = torch.cat([torch.zeros(1, dtype=torch.int64), self.arrays["exceptions"]]).cumsum(0).tolist()
+        self._bounds = (blocks, entries, entries, exceptions, exceptions, exceptions)
+
+    @classmethod
+    def pack(cls, increments: Sequence[SparseIncrement], numels: Sequence[int]) -> "PackedStep":
+        """Put the increments of a step end to end; `gram_row` is set by whoever computes it."""
+        empty = SparseIncrement(
+            torch.empty(0, dtype=torch.int32),
+            torch.empty(0, dtype=torch.int16),
+            torch.empty(0, dtype=torch.bfloat16),
+            torch.empty(0, dtype=torch.int64),
+            torch.empty(0, dtype=torch.bfloat16),
+            torch.empty(0, dtype=torch.bfloat16),
+        )
+        arrays = {name: torch.cat([getattr(one, name) for one in (empty, *increments)]) for name in INCREMENT_FIELDS}
+        arrays["entries"] = torch.tensor([one.index.numel() for one in increments], dtype=torch.int64)
+        arrays["exceptions"] = torch.tensor([one.exception_index.numel() for one in increments], dtype=torch.int64)
+        return cls(arrays, numels)
+
+    def increment(self, tensor: int) -> SparseIncrement:
+        """The increment of one tensor: views, no copy."""
+        parts = zip(INCREMENT_FIELDS, self._bounds, strict=True)
+        return SparseIncrement(*(self.arrays[name][bounds[tensor] : bounds[tensor + 1]] for name, bounds in parts))
+
+    @property
+    def changed(self) -> int:
+        """Elements that changed, over all tensors."""
+        return self.arrays["index"].numel() + self.arrays["exception_index"].numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, and on disk but for the header."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+
+class ShardHistory(NamedTuple):
+    """All that is known of one shard up to some step."""
+
+    name: str
+    shape: tuple[int, ...]
+    placement: Placement
+    last: torch.Tensor  # (n,) bfloat16 at the last of the steps
+    increments: list[SparseIncrement]
+
+
+class Trajectory:
+    """A trajectory folder, open for reading; `create`, `append` and `commit` write it."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Open an existing one.
+
+        Raises:
+            TrajectoryError: no index, or one that this version cannot read.
+        """
+        self.folder = Path(folder)
+        try:
+            content = json.loads((self.folder / "index.json").read_text())
+        except FileNotFoundError:
+            raise TrajectoryError(f"{self.folder} holds no trajectory (no index.json)") from None
+        except json.JSONDecodeError as error:
+            raise TrajectoryError(f"{self.folder}/index.json is damaged: {error}") from error
+        if content.get("schema_version") != SCHEMA_VERSION:
+            raise TrajectoryError(
+                f"{self.folder} has schema version {content.get('schema_version')}, this relex-verl reads {SCHEMA_VERSION}"
+            )
+        windows = [Window(**window) for window in content.pop("windows")]
+        self.index = TrajectoryIndex(**content, windows=windows)
+
+    @classmethod
+    def create(cls, folder: Path, index: TrajectoryIndex) -> "Trajectory":
+        """Start one: write its index."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "index.json", asdict(index))
+        return cls(folder)
+
+    # What a rank writes
+
+    def declare_rank(self, rank: int, placements: Mapping[str, Placement], origin: list[torch.Tensor] | None) -> None:
+        """Record which elements a rank holds and, when the base model is not theta_0, its part of theta_0."""
+        folder = self._rank_folder(rank)
+        folder.mkdir(parents=True, exist_ok=True)
+        if origin is not None:
+            flat = torch.cat([torch.empty(0, dtype=torch.bfloat16), *(part.cpu() for part in origin)])
+            _save(folder / "origin.safetensors", {"origin": flat})
+        runs = {name: {"start": one.full_start, "length": one.length} for name, one in placements.items()}
+        write_json(folder / "placements.json", runs)
+
+    def append(self, rank: int, step: int, packed: PackedStep) -> None:
+        """Write a rank's file of a step. It counts from `commit` on."""
+        _save(self._rank_folder(rank) / f"step_{step:06d}.safetensors", packed.arrays)
+
+    # What rank 0 writes
+
+    def commit(self, step: int) -> None:
+        """Name a step in the index, after all ranks have appended it."""
+        self.window.steps.append(step)
+        write_json(self.folder / "index.json", asdict(self.index))
+
+    def truncate(self, after: int) -> None:
+        """Forget the steps after this one (a resumed run trains them again)."""
+        self.window.steps = [step for step in self.steps if step <= after]
+        write_json(self.folder / "index.json", asdict(self.index))
+
+    # Reading
+
+    @property
+    def window(self) -> Window:
+        """The window that is being observed: the last."""
+        return self.index.windows[-1]
+
+    @property
+    def steps(self) -> list[int]:
+        """The committed steps of the last window."""
+        return self.window.steps
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the observed tensors, in the order of the stacks."""
+        return list(self.index.tensors)
+
+    def base(self) -> BaseCheckpoint:
+        """The base model, found by the path or Hub id in the index."""
+        return BaseCheckpoint(resolve_model(self.index.base_model))
+
+    def placements(self, rank: int) -> dict[str, Placement]:
+        """Which elements of which tensors a rank holds.
+
+        Raises:
+            TrajectoryError: the rank's folder is missing.
+        """
+        path = self._rank_folder(rank) / "placements.json"
+        if not path.exists():
+            raise TrajectoryError(f"{path} is missing: this trajectory was written by {self.index.world_size} ranks")
+        content = json.loads(path.read_text())
+        return {name: Placement(tuple(one["start"]), tuple(one["length"])) for name, one in content.items()}
+
+    def load(self, rank: int, step: int, numels: Sequence[int]) -> PackedStep:
+        """A rank's file of a step, memory-mapped.
+
+        Raises:
+            TrajectoryError: missing or damaged.
+        """
+        path = self._rank_folder(rank) / f"step_{step:06d}.safetensors"
+        try:
+            with safe_open(path, framework="pt") as handle:
+                return PackedStep({name: handle.get_tensor(name) for name in handle.keys()}, numels)  # noqa: SIM118
+        except Exception as error:
+            raise TrajectoryError(f"{path} cannot be read: {error}") from error
+
+    def steps_until(self, cut: int | None) -> list[int]:
+        """The committed steps up to a cut (all of them for None).
+
+        Raises:
+            TrajectoryError: there is none.
+        """
+        steps = [step for step in self.steps if cut is None or step <= cut]
+        if not steps:
+            raise TrajectoryError(f"{self.folder} holds no step up to {cut}; it holds {self.steps or 'none'}")
+        return steps
+
+    def increment_gram(self, cut: int | None = None) -> torch.Tensor:
+        """H of the steps up to the cut, (L, T, T), summed over the ranks."""
+        steps = self.steps_until(cut)
+        position = {name: i for i, name in enumerate(self.names)}
+        rows = [torch.zeros(len(position), t + 1, dtype=torch.float64) for t in range(len(steps))]
+        for rank in range(self.index.world_size):
+            placements = self.placements(rank)
+            where = torch.tensor([position[name] for name in placements], dtype=torch.int64)
+            numels = [one.numel for one in placements.values()]
+            for row, step in zip(rows, steps, strict=True):
+                row[where] += self.load(rank, step, numels).arrays["gram_row"]
+        gram_LTT = torch.zeros(len(position), 0, 0, dtype=torch.float64)
+        for row in rows:
+            gram_LTT = append_row(gram_LTT, row)
+        return gram_LTT
+
+    def origin(self, rank: int, base: BaseCheckpoint, placements: Mapping[str, Placement]) -> Iterator[torch.Tensor]:
+        """A rank's part of theta_0, tensor by tensor, (n,) bfloat16."""
+        if self.window.origin == "base":
+            yield from (base.read_bf16(name, placement) for name, placement in placements.items())
+            return
+        with safe_open(self._rank_folder(rank) / "origin.safetensors", framework="pt") as handle:
+            flat = handle.get_tensor("origin")
+        yield from flat.split([placement.numel for placement in placements.values()])
+
+    def histories(self, cut: int | None = None, ranks: Sequence[int] | None = None) -> Iterator[ShardHistory]:
+        """Every shard with its increments up to the cut and its weights at the last of them, one at a time."""
+        steps, base = self.steps_until(cut), self.base()
+        for rank in range(self.index.world_size) if ranks is None else ranks:
+            placements = self.placements(rank)
+            numels = [placement.numel for placement in placements.values()]
+            packed = [self.load(rank, step, numels) for step in steps]
+            origins = self.origin(rank, base, placements)
+            for i, ((name, placement), origin) in enumerate(zip(placements.items(), origins, strict=True)):
+                increments = [one.increment(i) for one in packed]
+                shape = tuple(self.index.tensors[name])
+                yield ShardHistory(name, shape, placement, replay(origin, increments), increments)
+
+    def states(self, step: int) -> Iterator[TensorShard]:
+        """Every shard as it was at an observed step (or the origin), bit for bit.
+
+        Raises:
+            TrajectoryError: the step was not observed.
+        """
+        if step == self.window.origin_step:
+            yield from self._origins()
+            return
+        if step not in self.steps:
+            raise TrajectoryError(f"step {step} was not observed; {self.folder} holds {_ranges(self.steps)}")
+        for history in self.histories(step):
+            yield TensorShard(history.name, history.shape, history.placement, history.last)
+
+    def _origins(self) -> Iterator[TensorShard]:
+        base = self.base()
+        for rank in range(self.index.world_size):
+            placements = self.placements(rank)
+            for (name, placement), data in zip(
+                placements.items(), self.origin(rank, base, placements), strict=True
+            ):
+                yield TensorShard(name, tuple(self.index.tensors[name]), placement, data)
+
+    def _rank_folder(self, rank: int) -> Path:
+        return self.folder / f"rank_{rank:05d}"
+
+
+def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    os.replace(temporary, path)
+
+
+def _ranges(steps: Sequence[int]) -> str:
+    """1-5, 8, 10-12"""
+    parts: list[list[int]] = []
+    for step in steps:
+        if parts and step == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], step]
+        else:
+            parts.append([step])
+    return ", ".join("-".join(map(str, part)) for part in parts) or "none"
