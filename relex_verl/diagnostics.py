@@ -6,21 +6,39 @@ little (a random walk in many dimensions scores 0.81 and 0.96), hence `random_wa
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
-from relex_verl.extrapolators import METHODS, line_hat, top_eigenvectors
+from relex_verl.extrapolators import METHODS, line_hat
 
 __all__ = [
+    "Spectrum",
     "backtest_error",
     "coefficients",
+    "describe",
     "direction_drift",
     "explained_variance",
     "line_r2",
     "random_walk_gram",
     "spectral_gap",
+    "spectrum",
     "summary",
 ]
+
+
+class Spectrum(NamedTuple):
+    """G with its eigenpairs, largest first: sigma^2 (L, T) and U (L, T, T). Decomposed once, read by many."""
+
+    gram_LTT: torch.Tensor
+    values_LT: torch.Tensor
+    vectors_LTT: torch.Tensor
+
+
+def spectrum(gram_LTT: torch.Tensor) -> Spectrum:
+    """Decompose a stack of Gram matrices; eigenvalues that rounding made negative become 0."""
+    values_LT, vectors_LTT = torch.linalg.eigh(gram_LTT)
+    return Spectrum(gram_LTT, values_LT.flip(-1).clamp_min(0.0), vectors_LTT.flip(-1))
 
 
 def random_walk_gram(steps: Sequence[int]) -> torch.Tensor:
@@ -32,54 +50,76 @@ def random_walk_gram(steps: Sequence[int]) -> torch.Tensor:
     return torch.minimum(steps_T.unsqueeze(0), steps_T.unsqueeze(1)).unsqueeze(0)
 
 
-def explained_variance(gram_LTT: torch.Tensor, rank: int = 1) -> torch.Tensor:
+def explained_variance(of: Spectrum, rank: int = 1) -> torch.Tensor:
     """Share of sum_t |delta_t|^2 in the top r directions: sum_{i<=r} sigma_i^2 / trace G (paper, section 3.1); (L,)."""
-    _, values_Lr = top_eigenvectors(gram_LTT, rank)
-    return values_Lr.sum(-1) / _trace(gram_LTT)
+    return of.values_LT[:, :rank].sum(-1) / _trace(of.gram_LTT)
 
 
-def spectral_gap(gram_LTT: torch.Tensor) -> torch.Tensor:
-    """(sigma_1 - sigma_2) / sigma_1: 1 for a straight line, 0 for two equal directions; (L,)."""
-    if gram_LTT.shape[-1] < 2:
-        return torch.full(gram_LTT.shape[:1], torch.nan, dtype=gram_LTT.dtype)
-    _, values_L2 = top_eigenvectors(gram_LTT, 2)
-    sigma_L2 = values_L2.sqrt()
-    return (sigma_L2[:, 0] - sigma_L2[:, 1]) / sigma_L2[:, 0]
+def spectral_gap(of: Spectrum) -> torch.Tensor:
+    """(sigma_1 - sigma_2) / sigma_1: 1 for a straight line, 0 for two equal directions; (L,), NaN for one row."""
+    if of.values_LT.shape[-1] < 2:
+        return torch.full(of.values_LT.shape[:1], torch.nan, dtype=torch.float64)
+    sigma_LT = of.values_LT.sqrt()
+    return (sigma_LT[:, 0] - sigma_LT[:, 1]) / sigma_LT[:, 0]
 
 
-def coefficients(gram_LTT: torch.Tensor) -> torch.Tensor:
+def coefficients(of: Spectrum) -> torch.Tensor:
     """c_t = <delta_t, v_1> = sigma_1 u_1 (paper, section 3.2), signed so that the last one is not negative; (L, T)."""
-    vectors_LT1, values_L1 = top_eigenvectors(gram_LTT, 1)
-    coefficients_LT = vectors_LT1.squeeze(-1) * values_L1.sqrt()
+    coefficients_LT = of.vectors_LTT[..., 0] * of.values_LT[:, :1].sqrt()
     return torch.where(coefficients_LT[:, -1:] < 0, -coefficients_LT, coefficients_LT)
 
 
-def line_r2(gram_LTT: torch.Tensor, steps: Sequence[int]) -> torch.Tensor:
+def line_r2(of: Spectrum, steps: Sequence[int]) -> torch.Tensor:
     """R^2 of the least-squares line through the rank-1 coefficients (paper, Finding 2); (L,), NaN below 3 rows."""
     if len(steps) < 3:
-        return torch.full(gram_LTT.shape[:1], torch.nan, dtype=gram_LTT.dtype)
-    coefficients_LT = coefficients(gram_LTT)
+        return torch.full(of.values_LT.shape[:1], torch.nan, dtype=torch.float64)
+    coefficients_LT = coefficients(of)
     hat_TT = torch.stack([line_hat(steps, step) for step in steps])
     residual_LT = coefficients_LT - coefficients_LT @ hat_TT.T
     spread_L = (coefficients_LT - coefficients_LT.mean(-1, keepdim=True)).square().sum(-1)
-    return torch.where(_trace(gram_LTT) > 0, 1.0 - residual_LT.square().sum(-1) / spread_L, torch.nan)
+    return torch.where(_trace(of.gram_LTT) > 0, 1.0 - residual_LT.square().sum(-1) / spread_L, torch.nan)
 
 
-def direction_drift(gram_LTT: torch.Tensor, prefix: int) -> torch.Tensor:
-    """1 - |cos| between v_1 fitted on the first `prefix` rows and v_1 fitted on all T; (L,).
+def direction_drift(early: Spectrum, late: Spectrum) -> torch.Tensor:
+    """1 - |cos| between v_1 fitted on the first k rows (`early`) and on all T (`late`); (L,).
 
     cos = u(k)^T G[:k, :T] u(T) / (sigma(k) sigma(T)), since v(k) = M_k^T u(k) / sigma(k).
 
     Raises:
-        ValueError: prefix outside 1..T.
+        ValueError: more rows in `early` than in `late`.
     """
-    rows = gram_LTT.shape[-1]
-    if not 1 <= prefix <= rows:
-        raise ValueError(f"prefix must be within 1..{rows}, got {prefix}")
-    early_Lk1, early_L1 = top_eigenvectors(gram_LTT[:, :prefix, :prefix], 1)
-    late_LT1, late_L1 = top_eigenvectors(gram_LTT, 1)
-    inner_L = (early_Lk1.mT @ gram_LTT[:, :prefix, :] @ late_LT1).flatten()
-    return 1.0 - (inner_L / (early_L1 * late_L1).sqrt().flatten()).abs().clamp_max(1.0)
+    rows = early.gram_LTT.shape[-1]
+    if rows > late.gram_LTT.shape[-1]:
+        raise ValueError(f"the early prefix has {rows} rows, the late one only {late.gram_LTT.shape[-1]}")
+    cross_LkT = late.gram_LTT[:, :rows, :]
+    inner_L = torch.einsum("lk,lkt,lt->l", early.vectors_LTT[..., 0], cross_LkT, late.vectors_LTT[..., 0])
+    return 1.0 - (inner_L / (early.values_LT[:, 0] * late.values_LT[:, 0]).sqrt()).abs().clamp_max(1.0)
+
+
+def describe(gram_LTT: torch.Tensor, steps: Sequence[int], rank: int = 1) -> dict[str, torch.Tensor]:
+    """The figures that are logged for every observed step, one value a tensor.
+
+    Args:
+        gram_LTT: G, (L, T, T).
+        steps: the T real step numbers.
+        rank: directions counted in the explained variance.
+
+    Returns:
+        Name -> (L,). `drift` is against the first half of the rows; NaN until there are two halves.
+    """
+    late = spectrum(gram_LTT)
+    half = len(steps) // 2
+    drift_L = (
+        direction_drift(spectrum(gram_LTT[:, :half, :half]), late)
+        if half
+        else torch.full_like(late.values_LT[:, 0], torch.nan)
+    )
+    return {
+        "explained_variance": explained_variance(late, rank),
+        "line_r2": line_r2(late, steps),
+        "spectral_gap": spectral_gap(late),
+        "drift": drift_L,
+    }
 
 
 def backtest_error(

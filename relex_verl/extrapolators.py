@@ -108,8 +108,12 @@ def reconstruction_weights(gram_LTT: torch.Tensor, row: int, rank: int = 1) -> t
     return _project(gram_LTT, _unit(gram_LTT, row), rank)
 
 
+# "Usually good" by its authors, who have no step axis: the target does not enter.
+EXPO_ALPHA = 0.5
+
+
 class Method(NamedTuple):
-    """One extrapolator: its function, the formula for a, where it comes from, how many rows it needs."""
+    """One extrapolator: (G, steps, target, rank) -> a, its formula, where it comes from, how many rows it needs."""
 
     weights: Callable[..., torch.Tensor]
     formula: str
@@ -127,26 +131,69 @@ def _project(gram_LTT: torch.Tensor, hat_T: torch.Tensor, rank: int) -> torch.Te
     """U_r U_r^T hat, one row a tensor; 0 where nothing moved (any direction would do there, so take none)."""
     vectors_LTr, _ = top_eigenvectors(gram_LTT, rank)
     weights_LT = (vectors_LTr @ (vectors_LTr.mT @ hat_T).unsqueeze(-1)).squeeze(-1)
-    return torch.where(_moved(gram_LTT), weights_LT, 0.0)
-
-
-def _moved(gram_LTT: torch.Tensor) -> torch.Tensor:
-    return (gram_LTT.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)) > 0
+    moved_L1 = gram_LTT.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) > 0
+    return torch.where(moved_L1, weights_LT, 0.0)
 
 
 def _same_for_all(gram_LTT: torch.Tensor, weights_T: torch.Tensor) -> torch.Tensor:
-    return weights_T.expand(gram_LTT.shape[0], -1).clone()
+    return weights_T.to(gram_LTT).expand(gram_LTT.shape[0], -1).clone()
 
 
-def _relex(gram_LTT: torch.Tensor, steps: Sequence[int], target: float, rank: int = 1) -> torch.Tensor:
+def _relex(gram_LTT: torch.Tensor, steps: Sequence[int], target: float, rank: int) -> torch.Tensor:
     return _project(gram_LTT, line_hat(steps, target), rank)
 
 
-def _hold(gram_LTT: torch.Tensor, steps: Sequence[int], target: float, rank: int = 1) -> torch.Tensor:
+def _anchored(gram_LTT: torch.Tensor, steps: Sequence[int], target: float, rank: int) -> torch.Tensor:
+    change_LT = _project(gram_LTT, line_hat(steps, target) - line_hat(steps, steps[-1]), rank)
+    return _unit(gram_LTT, -1) + change_LT
+
+
+def _anchored_half(gram_LTT: torch.Tensor, steps: Sequence[int], target: float, rank: int) -> torch.Tensor:
+    """Like `anchored`, from the rows after the middle one taken relative to it: delta_t - delta_middle = (P M)_t."""
+    middle = len(steps) // 2 - 1
+    late = list(steps)[middle + 1 :]
+    shift_kT = torch.eye(len(steps), dtype=gram_LTT.dtype)[middle + 1 :] - _unit(gram_LTT, middle)
+    gram_Lkk = shift_kT @ gram_LTT @ shift_kT.T
+    change_Lk = _project(gram_Lkk, line_hat(late, target) - line_hat(late, late[-1]), rank)
+    return _unit(gram_LTT, -1) + change_Lk @ shift_kT
+
+
+def _poly(gram_LTT: torch.Tensor, steps: Sequence[int], target: float, rank: int) -> torch.Tensor:
+    return _project(gram_LTT, polynomial_hat(steps, target, degree=3), rank)
+
+
+def _raw_ols(gram_LTT: torch.Tensor, steps: Sequence[int], target: float, rank: int) -> torch.Tensor:
+    return _same_for_all(gram_LTT, line_hat(steps, target))
+
+
+def _two_point(gram_LTT: torch.Tensor, steps: Sequence[int], target: float, rank: int) -> torch.Tensor:
+    return _same_for_all(gram_LTT, _unit(gram_LTT, -1) * (target / steps[-1]))
+
+
+def _first_step(gram_LTT: torch.Tensor, steps: Sequence[int], target: float, rank: int) -> torch.Tensor:
+    return _same_for_all(gram_LTT, _unit(gram_LTT, 0) * (target / steps[0]))
+
+
+def _expo(gram_LTT: torch.Tensor, steps: Sequence[int], target: float, rank: int) -> torch.Tensor:
+    return _same_for_all(gram_LTT, _unit(gram_LTT, -1) * (1.0 + EXPO_ALPHA))
+
+
+def _hold(gram_LTT: torch.Tensor, steps: Sequence[int], target: float, rank: int) -> torch.Tensor:
     return _same_for_all(gram_LTT, _unit(gram_LTT, -1))
 
 
 METHODS: dict[str, Method] = {
-    "relex": Method(_relex, "U_r U_r^T l(target)", "Wei et al. 2026, Algorithm 2, arXiv:2605.21468"),
-    "hold": Method(_hold, "1_T", "the last observed checkpoint: the baseline that a prediction has to beat", 1),
+    "relex": Method(_relex, "U U^T l(target)", "Wei et al. 2026, Algorithm 2, arXiv:2605.21468"),
+    "anchored": Method(_anchored, "1_T + U U^T (l(target) - l(s_T))", "ours: keeps what rank r leaves out of theta_T"),
+    "anchored-half": Method(
+        _anchored_half, "anchored, U and l from the rows after the middle one, relative to it", "ours", min_rows=4
+    ),
+    "two-point": Method(
+        _two_point, "(target / s_T) 1_T", "Wang et al. 2026, Weight Extrapolation, arXiv:2601.04537", 1
+    ),
+    "first-step": Method(_first_step, "(target / s_1) 1_1", "basetenlabs/relex-replication: W_0 + k (W_1 - W_0)", 1),
+    "raw-ols": Method(_raw_ols, "l(target)", "least squares on every raw weight; relex with rank T"),
+    "expo": Method(_expo, "(1 + 0.5) 1_T, whatever the target", "Zheng et al. 2025, ExPO, arXiv:2404.16792", 1),
+    "poly": Method(_poly, "U U^T p(target), p cubic", "Wei et al. 2026, Table 2, arXiv:2605.21468", min_rows=4),
+    "hold": Method(_hold, "1_T", "the last observed checkpoint: what every prediction has to beat", 1),
 }

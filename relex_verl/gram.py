@@ -31,7 +31,9 @@ def append_row(increment_gram_LTT: torch.Tensor, row_LT1: torch.Tensor) -> torch
     """
     layers, rows = increment_gram_LTT.shape[:2]
     if row_LT1.shape != (layers, rows + 1):
-        raise ValueError(f"row of shape {tuple(row_LT1.shape)} does not border H of shape {tuple(increment_gram_LTT.shape)}")
+        raise ValueError(
+            f"row of shape {tuple(row_LT1.shape)} does not border H of shape {tuple(increment_gram_LTT.shape)}"
+        )
     bordered = increment_gram_LTT.new_zeros(layers, rows + 1, rows + 1)
     bordered[:, :rows, :rows] = increment_gram_LTT
     bordered[:, rows, :] = row_LT1

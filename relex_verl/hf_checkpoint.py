@@ -41,7 +41,9 @@ def resolve_model(model: str | os.PathLike[str]) -> Path:
         return Path(model)
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
+    return Path(
+        snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"])
+    )
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,9 @@ class CheckpointWriter:
             headers.setdefault(entry.file, {})[name] = offsets
             self._size[entry.file] = end
         self._header = {file: _header_bytes(header) for file, header in headers.items()}
-        self._range = {name: tuple(value["data_offsets"]) for header in headers.values() for name, value in header.items()}
+        self._range = {
+            name: tuple(value["data_offsets"]) for header in headers.values() for name, value in header.items()
+        }
         self._filled = filled
 
     def begin(self) -> None:

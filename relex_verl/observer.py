@@ -97,13 +97,13 @@ class Observer:
             ValueError: a tensor is not in the base checkpoint, or its elements are not covered exactly once.
         """
         with _together():
-            shards = list(source)
-            self._check_names(shards)
-        counted = _share_out([(shard.name, shard.shape, shard.placement) for shard in shards])
+            found = [(shard.name, shard.shape, shard.placement) for shard in source]
+            self._check_names(found)
+        counted = _share_out(found)
+        mine = counted[collectives.rank()]
         with _together():
             self.shapes = _check_cover(counted)
-            mine = counted[collectives.rank()]
-            for shard in shards:
+            for shard in source:
                 if shard.name in mine:
                     last = shard.data.detach().to("cpu", torch.bfloat16, copy=True)
                     self.held[shard.name] = _Held(shard.shape, shard.placement, last)
@@ -115,57 +115,61 @@ class Observer:
         Raises:
             TrajectoryError: the folder holds the trajectory of another run, or of another number of ranks.
         """
+        existing = None
         with _together():
-            existing = Trajectory(self.folder) if (self.folder / "index.json").exists() else None
-            if existing is not None:
+            if (self.folder / "index.json").exists():
+                existing = Trajectory(self.folder)
                 self._check_same_run(existing)
-        with _together():
-            if existing is None or not any(observed <= step for observed in existing.steps):
-                self._create(fresh=collectives.rank() == 0)
-            else:
-                self._resume(existing, step)
+        if existing is not None and any(observed <= step for observed in existing.steps):
+            self._resume(existing, step)
+        else:
+            self._create()
 
-    def _create(self, fresh: bool) -> None:
-        is_base = all(
-            torch.equal(_bits(self.base.read_bf16(name, held.placement)), _bits(held.last))
-            for name, held in self.held.items()
-        )
-        everywhere_base = all(collectives.gather(is_base))
-        origin = "base" if everywhere_base else "stored"
-        tensors = {name: list(shape) for name, shape in self.shapes.items()}
-        index = TrajectoryIndex(
-            self.base_model, "bf16", collectives.world_size(), tensors, self.aliases, self.run, [Window(0, origin)]
-        )
-        if fresh:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            Trajectory.create(self.folder, index)
-        collectives.gather(None)  # the folder is there before a rank writes into it
-        if not (self.folder / "index.json").exists():
-            raise TrajectoryError(
-                f"rank {collectives.rank()} does not see {self.folder}, which rank 0 made: relex.output_dir must lie on "
-                "a file system that all nodes share"
+    def _create(self) -> None:
+        is_base = False
+        with _together():
+            is_base = all(
+                torch.equal(_bits(self.base.read_bf16(name, held.placement)), _bits(held.last))
+                for name, held in self.held.items()
             )
-        self._trajectory = Trajectory(self.folder)
-        placements = {name: held.placement for name, held in self.held.items()}
-        parts = None if everywhere_base else [held.last for held in self.held.values()]
-        self._trajectory.declare_rank(collectives.rank(), placements, parts)
+        everywhere_base = all(collectives.gather(is_base))
+        with _together():
+            if collectives.rank() == 0:
+                shutil.rmtree(self.folder, ignore_errors=True)
+                Trajectory.create(self.folder, self._new_index("base" if everywhere_base else "stored"))
+        with _together():
+            if not (self.folder / "index.json").exists():
+                raise TrajectoryError(
+                    f"rank {collectives.rank()} does not see {self.folder}, which rank 0 made: relex.output_dir must "
+                    "lie on a file system that all nodes share"
+                )
+            self._trajectory = Trajectory(self.folder)
+            placements = {name: held.placement for name, held in self.held.items()}
+            parts = None if everywhere_base else [held.last for held in self.held.values()]
+            self._trajectory.declare_rank(collectives.rank(), placements, parts)
+
+    def _new_index(self, origin: str) -> TrajectoryIndex:
+        tensors = {name: list(shape) for name, shape in self.shapes.items()}
+        ranks = collectives.world_size()
+        return TrajectoryIndex(self.base_model, "bf16", ranks, tensors, self.aliases, self.run, [Window(0, origin)])
 
     def _resume(self, existing: Trajectory, step: int) -> None:
         rank = collectives.rank()
-        placements = existing.placements(rank)
-        if placements != {name: held.placement for name, held in self.held.items()}:
-            raise TrajectoryError(f"{self.folder} was written with the weights cut otherwise between the ranks")
-        collectives.gather(None)  # every rank has read the index before it is rewritten
-        existing.window.steps = existing.steps_until(step)
-        if rank == 0:
-            existing.truncate(step)
-        for history in existing.histories(step, ranks=[rank]):
-            self.held[history.name].last = history.last
-        numels = [placement.numel for placement in placements.values()]
-        self.steps = list(existing.steps)
-        self.packed = [existing.load(rank, observed, numels) for observed in self.steps]
-        self.increment_gram_LTT = existing.increment_gram()
-        self.stored_bytes = sum(sum(collectives.gather(packed.nbytes)) for packed in self.packed)
+        with _together():
+            placements = existing.placements(rank)
+            if placements != {name: held.placement for name, held in self.held.items()}:
+                raise TrajectoryError(f"{self.folder} was written with the weights cut otherwise between the ranks")
+            existing.window.steps = existing.steps_until(step)
+            for history in existing.histories(step, ranks=[rank]):
+                self.held[history.name].last = history.last
+            numels = [placement.numel for placement in placements.values()]
+            self.steps = list(existing.steps)
+            self.packed = [existing.load(rank, observed, numels) for observed in self.steps]
+            self.increment_gram_LTT = existing.increment_gram()
+        with _together():
+            if rank == 0:
+                existing.truncate(step)
+        self.stored_bytes = sum(collectives.gather(sum(packed.nbytes for packed in self.packed)))
         self._trajectory = existing
 
     # Observe
@@ -258,17 +262,17 @@ class Observer:
 
     # Checks
 
-    def _check_names(self, shards: Sequence[TensorShard]) -> None:
-        unknown = sorted({shard.name for shard in shards} - set(self.base.entries))
+    def _check_names(self, found: Sequence[tuple[str, tuple[int, ...], Placement]]) -> None:
+        unknown = sorted({name for name, _, _ in found} - set(self.base.entries))
         if unknown:
             raise ValueError(
                 f"{len(unknown)} tensors of the engine are not in the base checkpoint {self.base.folder}, e.g. "
                 f"{unknown[:3]}: RELEX writes checkpoints laid out like the base and would not know where they belong"
             )
-        for shard in shards:
-            if shard.shape != self.base.entries[shard.name].shape:
-                base_shape = self.base.entries[shard.name].shape
-                raise ValueError(f"{shard.name} is {shard.shape} in the engine, {base_shape} in the base checkpoint")
+        for name, shape, _ in found:
+            if shape != self.base.entries[name].shape:
+                there = self.base.entries[name].shape
+                raise ValueError(f"{name} has shape {shape} in the engine, {there} in the base checkpoint")
 
     def _check_same_run(self, existing: Trajectory) -> None:
         index = existing.index

@@ -304,9 +304,7 @@ class Trajectory:
         base = self.base()
         for rank in range(self.index.world_size):
             placements = self.placements(rank)
-            for (name, placement), data in zip(
-                placements.items(), self.origin(rank, base, placements), strict=True
-            ):
+            for (name, placement), data in zip(placements.items(), self.origin(rank, base, placements), strict=True):
                 yield TensorShard(name, tuple(self.index.tensors[name]), placement, data)
 
     def _rank_folder(self, rank: int) -> Path:

@@ -1,0 +1,111 @@
+"""verl's sharded weight exporters as a `ShardSource`: one path for every engine that has one.
+
+`engine.get_per_tensor_param_shard()` yields each rank's bf16 shards with a `ShardSpec`. Where the engine's parameter is
+the Hugging Face tensor, the spec's DTensor placement says which block of it a shard is. Everywhere else (Megatron's fused
+projections, expert stacks) the engine itself is asked: its converter maps positions of the shard to Hugging Face
+coordinates, so the shard's own positions are sent through it once, written as digits that bfloat16 holds exactly.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from relex_verl.shards import Placement, TensorShard, block_placement, placement_of_positions
+
+__all__ = ["EngineSource", "tied_names"]
+
+# bfloat16 has 8 significant bits: whole numbers up to 256 are exact. Digits start at 1, so that none looks like padding.
+DIGIT_BASE = 128
+
+
+class EngineSource:
+    """The shards of a verl engine. Iterating is collective: all ranks iterate, to the end."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.aliases = tied_names(engine)
+        self._parts: dict[str, list[_Part]] = {}
+
+    def __iter__(self) -> Iterator[TensorShard]:
+        exported, _ = self.engine.get_per_tensor_param_shard()
+        for name, local, spec in exported:
+            if not local.is_floating_point() or name in self.aliases:
+                continue
+            local = local.detach().flatten()
+            if name not in self._parts:
+                self._parts[name] = self._locate(name, local, spec)
+            for part in self._parts[name]:
+                data = local if part.positions is None else local[part.positions.to(local.device)]
+                yield TensorShard(part.name, part.shape, part.placement, data.to(torch.bfloat16))
+
+    def _locate(self, name: str, local: torch.Tensor, spec: Any) -> list["_Part"]:
+        if spec.place is None and spec.to_hf_chunk is None and spec.hf_slots is None and self._is_identity(name, spec):
+            from verl.workers.engine.spec import derive_dtensor_placement
+
+            place, _, _ = derive_dtensor_placement(spec)
+            shape = tuple(spec.full_shape)
+            if isinstance(place, int):
+                placement = Placement((place,), (local.numel(),))
+            else:
+                placement = block_placement(place.local_shape, place.global_offset, place.full_shape)
+            return [_Part(name, shape, placement, None)]
+        return self._probe(name, local, spec)
+
+    def _is_identity(self, name: str, spec: Any) -> bool:
+        """Whether the engine's converter leaves this parameter as it is: asked with an empty change."""
+        empty = torch.empty(0, dtype=torch.int64)
+        slots = self.engine._hf_delta_entry(name, spec, 0, empty, empty.to(torch.bfloat16))[0]
+        return [(slot, tuple(shape)) for slot, shape in slots] == [(name, tuple(spec.full_shape))]
+
+    def _probe(self, name: str, local: torch.Tensor, spec: Any) -> list["_Part"]:
+        """Send every position of the shard through the engine's converter, digit by digit, and see where it comes out.
+
+        Raises:
+            ValueError: the converter computes new values instead of moving old ones.
+        """
+        from verl.workers.engine.spec import derive_dtensor_placement
+
+        place = spec.place if spec.place is not None else derive_dtensor_placement(spec)[0]
+        positions = torch.arange(local.numel(), device=local.device)
+        found, weight = torch.zeros(0, dtype=torch.int64), 1
+        slots: list[tuple[str, tuple[int, ...]]] = []
+        counts, full_index = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+        while weight <= max(local.numel() - 1, 1):
+            digit = (positions // weight % DIGIT_BASE + 1).to(torch.bfloat16)
+            slots, _, counts, full_index, value = self.engine._hf_delta_entry(name, spec, place, positions, digit)
+            step = (value.cpu().long() - 1) * weight
+            found = step if weight == 1 else found + step
+            weight *= DIGIT_BASE
+        if found.unique().numel() != found.numel() or (
+            found.numel() and not 0 <= found.min() <= found.max() < local.numel()
+        ):
+            raise ValueError(f"{name}: {type(self.engine).__name__} does not hand this weight out as it is stored")
+        parts = []
+        for (slot, shape), index, position in zip(
+            slots, full_index.cpu().long().split(counts.tolist()), found.split(counts.tolist()), strict=True
+        ):
+            if index.numel():
+                parts.append(_Part(slot, tuple(shape), placement_of_positions(index), position))
+        return parts
+
+
+class _Part:
+    """Which positions of an engine's shard (None: all, in order) are which elements of a Hugging Face tensor."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], placement: Placement, positions: torch.Tensor | None) -> None:
+        self.name, self.shape, self.placement, self.positions = name, shape, placement, positions
+
+
+def tied_names(engine: Any) -> dict[str, str]:
+    """Tied name -> the name that holds its elements, as transformers declares them; empty where nothing is tied."""
+    module = engine.module[0] if isinstance(engine.module, list) else engine.module
+    module = getattr(module, "_fsdp_wrapped_module", module)
+    config = getattr(engine.model_config, "hf_config", None)
+    text_config = getattr(config, "text_config", config)
+    if not (getattr(config, "tie_word_embeddings", False) or getattr(text_config, "tie_word_embeddings", False)):
+        return {}
+    declared = getattr(module, "_tied_weights_keys", None)
+    if isinstance(declared, dict):
+        return dict(declared)
+    return {"lm_head.weight": "model.embed_tokens.weight"}

@@ -1,0 +1,152 @@
+"""RELEX on a rank: verl's actor workers with a few more remote methods. They compute; the driver decides.
+
+Every method answers with an `Answer` instead of raising: the driver sees which rank failed and why, and switches RELEX
+off without the training noticing.
+"""
+
+import functools
+import logging
+import socket
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from verl.experimental.separation.engine_workers import DetachActorWorker
+from verl.single_controller.base.decorator import Dispatch, register
+from verl.workers.engine_workers import ActorRolloutRefWorker
+
+from relex_verl import budget, collectives, tracking
+from relex_verl.diagnostics import describe
+from relex_verl.observer import Observer, Prediction
+from relex_verl.verl_plugin.source import EngineSource
+
+__all__ = ["Answer", "RelexActorWorker", "RelexDetachActorWorker", "Setup"]
+
+logger = logging.getLogger("relex_verl")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a rank is told at the start.
+
+    Attributes:
+        output_dir: as in the configuration.
+        base_model: folder or Hub id of the base model.
+        run: what identifies the run.
+        rows, predictions: observed steps and checkpoints up to the cut, for the budget.
+        rank: r, for the figures that are logged.
+    """
+
+    output_dir: Path
+    base_model: str
+    run: dict[str, Any]
+    rows: int
+    predictions: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a rank reports: a value, or the error that stopped it (`peer` when another rank's)."""
+
+    value: Any = None
+    error: str | None = None
+    kind: str = ""
+    peer: bool = False
+
+
+def _answers(method: Callable[..., Any]) -> Callable[..., Answer]:
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Answer:
+        try:
+            return Answer(value=method(self, *args, **kwargs))
+        except Exception as error:
+            peer = isinstance(error, collectives.PeerError)
+            return Answer(error=f"{error}\n{traceback.format_exc()}", kind=type(error).__name__, peer=peer)
+
+    return wrapper
+
+
+class _RelexWorkerMixin:
+    """The remote methods; `self.actor.engine` is verl's training engine."""
+
+    actor: Any
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @_answers
+    def relex_start(self, setup: Setup) -> None:
+        """Take theta_0 (call it between `init_model` and `load_checkpoint`) and check memory and disk."""
+        self._relex_source = EngineSource(self.actor.engine)
+        self._relex_setup = setup
+        folder = setup.output_dir / "trajectory"
+        self._relex = Observer(folder, setup.base_model, self._relex_source.aliases, setup.run)
+        self._relex.start(self._relex_source)
+        self._check_budget(setup)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @_answers
+    def relex_open(self, step: int) -> list[int]:
+        """Open the trajectory after the step that training goes on from; the steps that it holds."""
+        self._relex.open(step)
+        return self._relex.steps
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @_answers
+    def relex_observe(self, step: int) -> dict[str, float]:
+        """Add the row of this step; rank 0 answers with the metrics."""
+        seen = self._relex.observe(step, self._relex_source)
+        if collectives.rank():
+            return {}
+        figures = describe(self._relex.gram(), self._relex.steps, self._relex_setup.rank)
+        return tracking.step_metrics(figures, seen.changed_share, seen.stored_bytes)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @_answers
+    def relex_fit(self) -> dict[str, Any]:
+        """Rank 0 answers with the fits of all tensors and the observed steps."""
+        if collectives.rank():
+            return {}
+        observer = self._relex
+        names, shapes = list(observer.shapes), list(observer.shapes.values())
+        fits = tracking.fit_report(names, shapes, observer.gram(), observer.steps, self._relex_setup.rank)
+        return {"fits": fits, "steps": list(observer.steps)}
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @_answers
+    def relex_write(self, prediction: Prediction, folder: Path, provenance: dict[str, Any]) -> None:
+        """Write one predicted checkpoint, each rank its own elements."""
+        self._relex.write_prediction(prediction, folder, provenance)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @_answers
+    def relex_stop(self) -> None:
+        """Let go of everything that RELEX holds in memory."""
+        self._relex = self._relex_source = None  # type: ignore[assignment]
+
+    def _check_budget(self, setup: Setup) -> None:
+        mine = sum(held.placement.numel for held in self._relex.held.values())
+        everyone = collectives.gather((socket.gethostname(), mine, budget.available_memory()))
+        total = sum(elements for _, elements, _ in everyone)
+        host = socket.gethostname()
+        here = [elements for node, elements, _ in everyone if node == host]
+        need = budget.budget(sum(here), total, setup.rows, setup.predictions)
+        # theta_0 is already held: what is still to come is the rest.
+        available = min(free for node, _, free in everyone if node == host)
+        error: Exception | None = None
+        try:
+            budget.check_memory(need.memory - sum(here) * budget.SNAPSHOT_BYTES, available, len(here))
+            if collectives.rank() == 0:
+                budget.check_disk(need, setup.output_dir)
+        except budget.BudgetError as refused:
+            error = refused
+        collectives.all_or_nothing(error)
+
+
+class RelexActorWorker(_RelexWorkerMixin, ActorRolloutRefWorker):
+    """verl's actor worker of the sync and colocate_async modes, observed."""
+
+
+class RelexDetachActorWorker(_RelexWorkerMixin, DetachActorWorker):
+    """verl's actor worker of the separate_async mode, observed."""
