@@ -6,13 +6,13 @@ from pathlib import Path
 
 import psutil
 
+from relex_verl.encodings import Encoding
+
 __all__ = ["ASSUMED_CHANGE_RATE", "Budget", "BudgetError", "available_memory", "budget", "check_disk", "check_memory"]
 
 # Share of the bf16 weights that change from one RL step to the next: 0.5-3 % as published for RL of language models
 # (verl's delta-sync measurements; PULSE, arXiv:2602.03839), so that 3 % is on the safe side.
 ASSUMED_CHANGE_RATE = 0.03
-SNAPSHOT_BYTES = 2  # bf16, the weights at the row before
-CHANGE_BYTES = 4  # a 16-bit index and a bf16 value
 
 
 class BudgetError(RuntimeError):
@@ -35,20 +35,26 @@ class Budget:
 
 
 def budget(
-    rank_elements: int, all_elements: int, rows: int, predictions: int, change_rate: float = ASSUMED_CHANGE_RATE
+    encoding: Encoding,
+    rank_elements: int,
+    all_elements: int,
+    rows: int,
+    predictions: int,
+    change_rate: float = ASSUMED_CHANGE_RATE,
 ) -> Budget:
     """Estimate the cost of a run.
 
     Args:
+        encoding: how increments are kept.
         rank_elements: parameters in one rank's shards.
         all_elements: parameters of the model.
         rows: observed steps up to the cut.
         predictions: checkpoints to be written.
-        change_rate: share of the weights that change from row to row.
+        change_rate: share of the bf16 weights that change from row to row.
     """
-    row_bytes = change_rate * CHANGE_BYTES
+    row_bytes = encoding.row_bytes(change_rate)
     return Budget(
-        memory=round(rank_elements * (SNAPSHOT_BYTES + rows * row_bytes)),
+        memory=round(rank_elements * (encoding.state_bytes + rows * row_bytes)),
         trajectory=round(all_elements * rows * row_bytes),
         predictions=predictions * all_elements * 2,
     )

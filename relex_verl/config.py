@@ -1,6 +1,7 @@
 """Every key under `relex`, its meaning, and its check. A wrong key is refused before the first step, never ignored."""
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -9,6 +10,10 @@ from typing import Any
 from relex_verl.extrapolators import METHODS
 
 __all__ = ["ConfigError", "Plan", "RelexConfig"]
+
+
+# A dozen float32 rows predict as well as sixty (measured, README); 16 leave some for the diagnostics.
+AUTO_ROWS = 16
 
 
 class ConfigError(ValueError):
@@ -37,6 +42,15 @@ class Plan:
         """Whether a row is taken after this step: every `observe_every` steps, and always at the cut."""
         return step <= self.t_cut and (step % self.observe_every == 0 or step == self.t_cut)
 
+    def rows_from(self, first: int) -> int:
+        """Observed steps from `first` up to the cut."""
+        return sum(self.observes(step) for step in range(max(1, first), self.t_cut + 1))
+
+    @property
+    def rows(self) -> int:
+        """Observed steps up to the cut."""
+        return self.rows_from(1)
+
 
 @dataclass(frozen=True)
 class RelexConfig:
@@ -45,8 +59,11 @@ class RelexConfig:
     Attributes:
         t_cut: when to fit: a share of all steps if below 1, else a step.
         targets: what to predict: shares of all steps (up to 1.0) or steps (whole numbers above 1).
-        trajectory: how weights are followed; "bf16" is the exact change of the bfloat16 weights.
-        observe_every: steps between two rows; "auto" is every step.
+        trajectory: how weights are followed: "fp32" is the float32 master weights (where the engine has them, else
+            "bf16"), "bf16" the bfloat16 weights that the rollout sees, exactly (the paper's own setting).
+        quantization: how a row of an "fp32" trajectory is kept: "int8", "int4", or "none" (float32).
+        observe_every: steps between two rows; "auto" aims at 16 rows up to the cut for "fp32", takes each for "bf16".
+        fit_from: the first step that takes part in the fit; later than 1 leaves a learning-rate warm-up out.
         methods: names of extrapolators, see `relex_verl.extrapolators.METHODS`.
         rank: r, directions kept a tensor.
         on_error: "disable" logs an error inside RELEX once and goes on training without it; "raise" stops the run.
@@ -55,8 +72,10 @@ class RelexConfig:
 
     t_cut: float = 0.15
     targets: list[float] = field(default_factory=lambda: [1.0])
-    trajectory: str = "bf16"
+    trajectory: str = "fp32"
+    quantization: str = "int8"
     observe_every: int | str = "auto"
+    fit_from: int = 1
     methods: list[str] = field(default_factory=lambda: ["relex"])
     rank: int = 1
     on_error: str = "disable"
@@ -75,12 +94,14 @@ class RelexConfig:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"did you mean relex.{near[0]}?" if near else f"the keys are {', '.join(known)}"
                 raise ConfigError(f"relex.{key}", value, f"unknown key; {hint}")
-        config = cls(**{key: list(value) if _is_list(value) else value for key, value in node.items()})
+        values: dict[str, Any] = {key: list(value) if _is_list(value) else value for key, value in node.items()}
+        config = cls(**values)
         config._check()
         return config
 
     def _check(self) -> None:
-        _one_of("relex.trajectory", self.trajectory, ["bf16"])
+        _one_of("relex.trajectory", self.trajectory, ["fp32", "bf16"])
+        _one_of("relex.quantization", self.quantization, ["int8", "int4", "none"])
         _one_of("relex.on_error", self.on_error, ["disable", "raise"])
         if not _is_number(self.t_cut) or self.t_cut <= 0:
             raise ConfigError("relex.t_cut", self.t_cut, "give a share of all steps (0 to 1) or a step (1 or more)")
@@ -99,14 +120,17 @@ class RelexConfig:
             _one_of("relex.methods", method, list(METHODS))
         if not _is_whole(self.rank) or self.rank < 1:
             raise ConfigError("relex.rank", self.rank, "give a whole number, 1 or more (the paper uses 1)")
+        if not _is_whole(self.fit_from) or self.fit_from < 0:
+            raise ConfigError("relex.fit_from", self.fit_from, "give a step, 1 for all rows")
         if not isinstance(self.output_dir, str) or not self.output_dir:
             raise ConfigError("relex.output_dir", self.output_dir, "give a folder")
 
-    def plan(self, total_steps: int) -> Plan:
+    def plan(self, total_steps: int, trajectory: str | None = None) -> Plan:
         """Resolve shares against the run.
 
         Args:
             total_steps: all steps of the run.
+            trajectory: the kind that the engine allows, where it is not the configured one.
 
         Raises:
             ConfigError: a cut outside the run or too early for the methods, a rank above the rows, a target not after
@@ -117,18 +141,23 @@ class RelexConfig:
             cure = f"resolves to step {t_cut}, but the run has {total_steps}: give a step within 1..{total_steps}"
             raise ConfigError("relex.t_cut", self.t_cut, cure)
         targets = sorted({self._target(target, t_cut, total_steps) for target in self.targets})
-        every = 1 if self.observe_every == "auto" else int(self.observe_every)
-        plan = Plan(t_cut, targets, every)
-        rows = sum(plan.observes(step) for step in range(1, t_cut + 1))
+        plan = Plan(t_cut, targets, self._every(t_cut, trajectory or self.trajectory))
+        rows = plan.rows_from(self.fit_from)
         needed = max(METHODS[method].min_rows for method in self.methods)
         if rows < needed:
-            cure = f"leaves {rows} observed steps up to the cut, {self.methods} need {needed}: cut later or observe more often"
-            raise ConfigError("relex.t_cut", self.t_cut, cure)
-        if self.rank > rows:
-            raise ConfigError(
-                "relex.rank", self.rank, f"only {rows} steps are observed up to the cut: give at most {rows}"
+            have = (
+                f"leaves {rows} observed steps from {self.fit_from} up to the cut, {list(self.methods)} need {needed}"
             )
+            raise ConfigError("relex.t_cut", self.t_cut, f"{have}: cut later, or observe more often")
+        if self.rank > rows:
+            cure = f"only {rows} steps are observed up to the cut: give at most {rows}"
+            raise ConfigError("relex.rank", self.rank, cure)
         return plan
+
+    def _every(self, t_cut: int, trajectory: str) -> int:
+        if self.observe_every != "auto":
+            return int(self.observe_every)
+        return max(1, round(t_cut / AUTO_ROWS)) if trajectory == "fp32" else 1
 
     def _target(self, target: float, t_cut: int, total_steps: int) -> int:
         step = _step(target, total_steps, "relex.targets", share_below=1.0 + 1e-9)
@@ -159,11 +188,11 @@ def _is_list(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value  # noqa: PLR0124 (NaN)
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
 def _is_whole(value: object) -> bool:
-    return _is_number(value) and float(value) == int(value)  # type: ignore[arg-type]
+    return isinstance(value, int | float) and _is_number(value) and math.isfinite(value) and value == int(value)
 
 
 def _one_of(key: str, value: object, allowed: list[str]) -> None:

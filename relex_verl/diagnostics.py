@@ -77,7 +77,9 @@ def line_r2(of: Spectrum, steps: Sequence[int]) -> torch.Tensor:
     hat_TT = torch.stack([line_hat(steps, step) for step in steps])
     residual_LT = coefficients_LT - coefficients_LT @ hat_TT.T
     spread_L = (coefficients_LT - coefficients_LT.mean(-1, keepdim=True)).square().sum(-1)
-    return torch.where(_trace(of.gram_LTT) > 0, 1.0 - residual_LT.square().sum(-1) / spread_L, torch.nan)
+    # Coefficients that are equal up to rounding (a tensor that moved once) have no line to explain.
+    flat_L = spread_L <= 1e-24 * coefficients_LT.square().sum(-1)
+    return torch.where(flat_L, torch.nan, 1.0 - residual_LT.square().sum(-1) / spread_L)
 
 
 def direction_drift(early: Spectrum, late: Spectrum) -> torch.Tensor:

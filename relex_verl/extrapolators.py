@@ -17,8 +17,10 @@ from typing import NamedTuple
 import torch
 
 __all__ = [
+    "EXPO_ALPHA",
     "METHODS",
     "Method",
+    "fit_weights",
     "increment_coefficients",
     "line_hat",
     "polynomial_hat",
@@ -197,3 +199,32 @@ METHODS: dict[str, Method] = {
     "poly": Method(_poly, "U U^T p(target), p cubic", "Wei et al. 2026, Table 2, arXiv:2605.21468", min_rows=4),
     "hold": Method(_hold, "1_T", "the last observed checkpoint: what every prediction has to beat", 1),
 }
+
+
+def fit_weights(
+    gram_LTT: torch.Tensor, steps: Sequence[int], target: float, method: str, rank: int = 1, fit_from: int = 0
+) -> torch.Tensor:
+    """a of a method fitted on the rows from step `fit_from` on; rows before it (a warm-up) get weight 0.
+
+    Args:
+        gram_LTT: G, (L, T, T).
+        steps: the T real step numbers, ascending.
+        target: the step to predict.
+        method: a name in METHODS.
+        rank: r.
+        fit_from: first step that takes part in the fit.
+
+    Returns:
+        a, (L, T) float64.
+
+    Raises:
+        ValueError: too few rows are left for the method.
+    """
+    skipped = sum(step < fit_from for step in steps)
+    rows = len(steps) - skipped
+    if rows < METHODS[method].min_rows:
+        raise ValueError(
+            f"{method} needs {METHODS[method].min_rows} observed steps from {fit_from} on, there are {rows}"
+        )
+    fitted_LT = METHODS[method].weights(gram_LTT[:, skipped:, skipped:], list(steps)[skipped:], target, rank)
+    return torch.nn.functional.pad(fitted_LT, (skipped, 0))

@@ -99,19 +99,22 @@ class BaseCheckpoint:
         flat = tensor.flatten()
         return torch.cat([flat[start : start + length] for _, start, length in placement.runs()] or [flat[:0]])
 
-    def read_bf16(self, name: str, placement: Placement) -> torch.Tensor:
-        """The elements that a placement names, rounded to bfloat16 as an engine does when it hands out its weights."""
-        return self.read(name, placement).to(torch.bfloat16)
-
 
 class CheckpointWriter:
     """Writes one checkpoint laid out like `base`, in three steps: `begin` (one process), `write` (any number of
     processes, each its own shards), `commit` (one process, after all have written).
 
-    Tensors that are observed are stored as bfloat16; `write` fills them. The others are copied from the base.
+    Tensors that are observed are stored in `dtype`; `write` fills them. The others are copied from the base.
     """
 
-    def __init__(self, base: BaseCheckpoint, folder: Path, observed: set[str], aliases: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        base: BaseCheckpoint,
+        folder: Path,
+        observed: set[str],
+        aliases: Mapping[str, str],
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
         """Plan the files.
 
         Args:
@@ -119,7 +122,10 @@ class CheckpointWriter:
             folder: the destination; replaced as a whole if it exists.
             observed: names of the tensors that `write` will fill.
             aliases: tied name -> the observed name that it shares its elements with.
+            dtype: of the observed tensors, bfloat16 or float32.
         """
+        self.dtype = dtype
+        stored_as = {torch.bfloat16: "BF16", torch.float32: "F32"}[dtype]
         self.base, self.folder = base, folder
         self.partial = folder.with_name(f".{folder.name}.partial")
         self._targets: dict[str, list[str]] = {name: [name] for name in observed}
@@ -129,10 +135,10 @@ class CheckpointWriter:
         headers: dict[str, dict[str, Any]] = {}
         self._size: dict[str, int] = {}  # file -> bytes of its tensors
         for name, entry in base.entries.items():
-            dtype = "BF16" if name in filled else entry.dtype
+            kind = stored_as if name in filled else entry.dtype
             start = self._size.get(entry.file, 0)
-            end = start + prod(entry.shape) * ITEM_SIZE[dtype]
-            offsets = {"dtype": dtype, "shape": list(entry.shape), "data_offsets": [start, end]}
+            end = start + prod(entry.shape) * ITEM_SIZE[kind]
+            offsets = {"dtype": kind, "shape": list(entry.shape), "data_offsets": [start, end]}
             headers.setdefault(entry.file, {})[name] = offsets
             self._size[entry.file] = end
         self._header = {file: _header_bytes(header) for file, header in headers.items()}
@@ -156,17 +162,18 @@ class CheckpointWriter:
         for source in self.base.folder.iterdir():
             if source.is_file() and not source.name.endswith(WEIGHT_SUFFIXES):
                 shutil.copy(source, self.partial / source.name)
-        _declare_bf16(self.partial / "config.json")
+        _declare_dtype(self.partial / "config.json", self.dtype)
         self._write_index()
 
     def write(self, shard: TensorShard) -> None:
-        """Put a shard's elements (bfloat16) into their places; tied names get theirs too."""
-        content = shard.data.contiguous().view(torch.uint8).numpy()
+        """Put a shard's elements into their places; tied names get theirs too."""
+        content = shard.data.to(self.dtype).contiguous().view(torch.uint8).numpy()
+        item = self.dtype.itemsize
         for name in self._targets[shard.name]:
             if name in self.base.entries:
                 view = self._view(name)
                 for local, full, length in shard.placement.runs():
-                    view[2 * full : 2 * (full + length)] = content[2 * local : 2 * (local + length)]
+                    view[item * full : item * (full + length)] = content[item * local : item * (local + length)]
 
     def commit(self, provenance: Mapping[str, Any] | None = None) -> Path:
         """Add `relex.json`, flush, and give the folder its name.
@@ -207,11 +214,11 @@ def _header_bytes(header: Mapping[str, Any]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _declare_bf16(config: Path) -> None:
-    """Say bfloat16 in config.json where the base said another type, so that loading does not convert."""
+def _declare_dtype(config: Path, dtype: torch.dtype) -> None:
+    """Name the weights' type in config.json where the base named its own, so that loading does not convert."""
     if not config.exists():
         return
     content = json.loads(config.read_text())
-    changed = {key: "bfloat16" for key in ("dtype", "torch_dtype") if key in content}
+    changed = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in content}
     if changed:
         write_json(config, {**content, **changed})

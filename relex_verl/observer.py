@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from relex_verl import collectives, encodings
-from relex_verl.extrapolators import METHODS, increment_coefficients
+from relex_verl import collectives
+from relex_verl.encodings import ENCODINGS, Encoding, PackedStep
+from relex_verl.extrapolators import fit_weights, increment_coefficients
 from relex_verl.gram import append_row, delta_gram
 from relex_verl.hf_checkpoint import BaseCheckpoint, CheckpointWriter, resolve_model
 from relex_verl.shards import Placement, ShardSource, TensorShard
-from relex_verl.trajectory import PackedStep, ShardHistory, Trajectory, TrajectoryError, TrajectoryIndex, Window
+from relex_verl.trajectory import ShardHistory, Trajectory, TrajectoryError, TrajectoryIndex, Window
 
 __all__ = ["Observation", "Observer", "Prediction", "extrapolate", "predicted_tensors", "write_checkpoint"]
 
@@ -27,11 +28,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prediction:
-    """What to predict: one method, one target step."""
+    """What to predict: one method, one target step, from the rows from step `fit_from` on."""
 
     method: str
     target: int
     rank: int = 1
+    fit_from: int = 0
 
     @property
     def folder_name(self) -> str:
@@ -45,7 +47,7 @@ class Observation:
 
     Attributes:
         step: the training step.
-        changed_share: share of the bf16 weights whose bits changed since the row before.
+        changed_share: share of the weights whose change since the row before was not 0 (as the encoding keeps it).
         stored_bytes: bytes that the trajectory holds on disk.
     """
 
@@ -60,7 +62,7 @@ class _Held:
 
     shape: tuple[int, ...]
     placement: Placement
-    last: torch.Tensor  # bfloat16 on the host, the weights at the last observed row
+    last: torch.Tensor  # (n,) on the host, the weights at the last observed row in the encoding's dtype
 
 
 class Observer:
@@ -69,7 +71,9 @@ class Observer:
     Methods raise on every rank when one fails (`PeerError` on the others), so that no rank is left waiting.
     """
 
-    def __init__(self, folder: Path, base_model: str, aliases: Mapping[str, str], run: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, base_model: str, aliases: Mapping[str, str], run: Mapping[str, Any], encoding: str = "bf16"
+    ) -> None:
         """Nothing is read or written yet.
 
         Args:
@@ -77,12 +81,15 @@ class Observer:
             base_model: folder or Hub id of the base model.
             aliases: tied name -> the name that it shares its elements with.
             run: what identifies the training run.
+            encoding: how increments are kept, see `encodings.ENCODINGS`.
         """
+        self.encoding_name = encoding
+        self.encoding: Encoding = ENCODINGS[encoding]
         self.folder, self.base_model, self.aliases, self.run = folder, base_model, dict(aliases), dict(run)
         self.base = BaseCheckpoint(resolve_model(base_model))
         self.held: dict[str, _Held] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}  # of all tensors of all ranks, in the order of the stacks
-        self.packed: list[PackedStep] = []
+        self.packed: list[PackedStep[Any]] = []
         self.steps: list[int] = []
         self.increment_gram_LTT = torch.zeros(0, 0, 0, dtype=torch.float64)
         self.stored_bytes = 0
@@ -105,7 +112,7 @@ class Observer:
             self.shapes = _check_cover(counted)
             for shard in source:
                 if shard.name in mine:
-                    last = shard.data.detach().to("cpu", torch.bfloat16, copy=True)
+                    last = shard.data.detach().to("cpu", self.encoding.dtype, copy=True)
                     self.held[shard.name] = _Held(shard.shape, shard.placement, last)
             self.increment_gram_LTT = torch.zeros(len(self.shapes), 0, 0, dtype=torch.float64)
 
@@ -129,7 +136,7 @@ class Observer:
         is_base = False
         with _together():
             is_base = all(
-                torch.equal(_bits(self.base.read_bf16(name, held.placement)), _bits(held.last))
+                torch.equal(_bits(self.base.read(name, held.placement).to(self.encoding.dtype)), _bits(held.last))
                 for name, held in self.held.items()
             )
         everywhere_base = all(collectives.gather(is_base))
@@ -151,7 +158,8 @@ class Observer:
     def _new_index(self, origin: str) -> TrajectoryIndex:
         tensors = {name: list(shape) for name, shape in self.shapes.items()}
         ranks = collectives.world_size()
-        return TrajectoryIndex(self.base_model, "bf16", ranks, tensors, self.aliases, self.run, [Window(0, origin)])
+        windows = [Window(0, origin)]
+        return TrajectoryIndex(self.base_model, self.encoding_name, ranks, tensors, self.aliases, self.run, windows)
 
     def _resume(self, existing: Trajectory, step: int) -> None:
         rank = collectives.rank()
@@ -162,9 +170,8 @@ class Observer:
             existing.window.steps = existing.steps_until(step)
             for history in existing.histories(step, ranks=[rank]):
                 self.held[history.name].last = history.last
-            numels = [placement.numel for placement in placements.values()]
             self.steps = list(existing.steps)
-            self.packed = [existing.load(rank, observed, numels) for observed in self.steps]
+            self.packed = [existing.load(rank, observed) for observed in self.steps]
             self.increment_gram_LTT = existing.increment_gram()
         with _together():
             if rank == 0:
@@ -180,49 +187,55 @@ class Observer:
         Raises:
             ValueError: weights that are not finite; shards that differ from the first time.
         """
-        packed, latest, row = None, {}, None
+        increments: list[Any] = []
+        row_LT = torch.zeros(len(self.shapes), len(self.packed) + 1, dtype=torch.float64)
         with _together():
-            packed, latest, row = self._encode(source)
+            increments = self._encode(source, row_LT)
+            packed = PackedStep.pack(self.encoding.increment, increments, row_LT[self._rows_held()])
             self.trajectory.append(collectives.rank(), step, packed)
-        assert packed is not None and row is not None
         elements = sum(held.placement.numel for held in self.held.values())
-        counts = torch.tensor([packed.changed, elements, packed.nbytes], dtype=torch.float64)
-        total = collectives.sum_over_ranks(torch.cat([row.flatten(), counts]))
-        row, (changed, elements, nbytes) = total[:-3].view_as(row), total[-3:].tolist()
+        changed = sum(increment.changed for increment in increments)
+        counts = torch.tensor([changed, elements, packed.nbytes], dtype=torch.float64)
+        total = collectives.sum_over_ranks(torch.cat([row_LT.flatten(), counts]))
         with _together():
             if collectives.rank() == 0:
                 self.trajectory.commit(step)
             else:
-                self.trajectory.window.steps.append(step)
-        self.increment_gram_LTT = append_row(self.increment_gram_LTT, row)
+                self.trajectory.steps.append(step)
+        # From here on nothing can fail on one rank alone.
+        self.increment_gram_LTT = append_row(self.increment_gram_LTT, total[:-3].view_as(row_LT))
         self.packed.append(packed)
         self.steps.append(step)
+        for i, held in enumerate(self.held.values()):
+            self.encoding.advance(held.last, packed.increment(i))
+        changed, elements, nbytes = total[-3:].tolist()
         self.stored_bytes += int(nbytes)
-        for name, data in latest.items():
-            self.held[name].last = data
         return Observation(step, changed / elements, self.stored_bytes)
 
-    def _encode(self, source: ShardSource) -> tuple[PackedStep, dict[str, torch.Tensor], torch.Tensor]:
-        """This rank's increments, the weights that they lead to, and its part of the new row of H, (L, t + 1)."""
-        numels = [held.placement.numel for held in self.held.values()]
-        position = {name: i for i, name in enumerate(self.shapes)}
-        local = {name: i for i, name in enumerate(self.held)}
-        increments, latest = [], {}
-        row_LT = torch.zeros(len(self.shapes), len(self.packed) + 1, dtype=torch.float64)
+    def _encode(self, source: ShardSource, row_LT: torch.Tensor) -> list[Any]:
+        """This rank's increments; its part of the new row of H, (L, t + 1), goes into `row_LT`."""
+        increments: list[Any] = []
+        names, positions = list(self.held), self._rows_held()
         for shard in source:
-            if shard.name not in local:
+            if shard.name not in self.held:
                 continue
-            held = self.held[shard.name]
-            if shard.placement != held.placement or len(increments) != local[shard.name]:
+            i, held = len(increments), self.held[shard.name]
+            if shard.name != names[i] or shard.placement != held.placement:
                 raise ValueError(f"{shard.name}: the engine cuts or orders its weights otherwise than at the start")
-            increment = encodings.encode(held.last, shard.data)
-            history = [packed.increment(len(increments)) for packed in self.packed]
-            row_LT[position[shard.name]] = encodings.dots([*history, increment], len(held.last), shard.data.device)
+            increment = self.encoding.encode(held.last, shard.data.detach())
+            history = [packed.increment(i) for packed in self.packed]
+            row_LT[positions[i]] = self.encoding.dots([*history, increment], len(held.last), shard.data.device)
             increments.append(increment)
-            latest[shard.name] = shard.data.to("cpu", copy=True)
-        packed = PackedStep.pack(increments, numels)
-        packed.arrays["gram_row"] = row_LT[[position[name] for name in self.held]]
-        return packed, latest, row_LT
+        if len(increments) != len(names):
+            raise ValueError(
+                f"the engine handed out {len(increments)} of the {len(names)} shards that it had at the start"
+            )
+        return increments
+
+    def _rows_held(self) -> list[int]:
+        """Positions in the stacks of the tensors that this rank holds."""
+        position = {name: i for i, name in enumerate(self.shapes)}
+        return [position[name] for name in self.held]
 
     # Predict
 
@@ -238,7 +251,8 @@ class Observer:
 
     def predicted_tensors(self, prediction: Prediction) -> Iterator[TensorShard]:
         """This rank's part of the predicted checkpoint, tensor by tensor."""
-        return predicted_tensors(self.histories(), list(self.shapes), self.gram(), self.steps, prediction)
+        names, gram_LTT = list(self.shapes), self.gram()
+        return predicted_tensors(self.histories(), self.encoding, names, gram_LTT, self.steps, prediction)
 
     def write_prediction(self, prediction: Prediction, folder: Path, provenance: Mapping[str, Any]) -> Path:
         """Write the predicted checkpoint together: every rank puts its own elements into the shared files."""
@@ -276,8 +290,9 @@ class Observer:
 
     def _check_same_run(self, existing: Trajectory) -> None:
         index = existing.index
-        expected = {"base model": self.base_model, "ranks": collectives.world_size(), **self.run}
-        found = {"base model": index.base_model, "ranks": index.world_size, **index.run}
+        ranks, encoding = collectives.world_size(), self.encoding_name
+        expected = {"base model": self.base_model, "ranks": ranks, "encoding": encoding, **self.run}
+        found = {"base model": index.base_model, "ranks": index.world_size, "encoding": index.encoding, **index.run}
         differing = {key: (found.get(key), value) for key, value in expected.items() if found.get(key) != value}
         if differing:
             said = "; ".join(f"{key} {there!r} there, {here!r} here" for key, (there, here) in differing.items())
@@ -289,6 +304,7 @@ class Observer:
 
 def predicted_tensors(
     histories: Iterable[ShardHistory],
+    encoding: Encoding,
     names: Sequence[str],
     gram_LTT: torch.Tensor,
     steps: Sequence[int],
@@ -298,15 +314,17 @@ def predicted_tensors(
 
     Args:
         histories: shards with all increments of `steps`.
+        encoding: of the increments.
         names: of the tensors, in the order of the stack.
         gram_LTT: G, (L, T, T).
         steps: the T real step numbers.
         prediction: the method, its rank and the target.
     """
-    weights_LT = METHODS[prediction.method].weights(gram_LTT, steps, prediction.target, prediction.rank)
+    method, target, rank, fit_from = prediction.method, prediction.target, prediction.rank, prediction.fit_from
+    weights_LT = fit_weights(gram_LTT, steps, target, method, rank, fit_from)
     coefficients = dict(zip(names, increment_coefficients(weights_LT).tolist(), strict=True))
     for history in histories:
-        data = encodings.accumulate(history.last, history.increments, coefficients[history.name])
+        data = encoding.accumulate(history.last, history.increments, coefficients[history.name])
         yield TensorShard(history.name, history.shape, history.placement, data)
 
 
@@ -315,6 +333,7 @@ def write_checkpoint(
     shards: Iterable[TensorShard],
     folder: Path,
     provenance: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
     progress: Callable[[int], None] = lambda elements: None,
 ) -> Path:
     """Write a checkpoint of a trajectory from one process, laid out like its base.
@@ -324,9 +343,10 @@ def write_checkpoint(
         shards: every shard of every rank.
         folder: the destination.
         provenance: for `relex.json`.
+        dtype: of the weights, bfloat16 or float32.
         progress: called with the number of elements of each shard written.
     """
-    writer = CheckpointWriter(trajectory.base(), folder, set(trajectory.names), trajectory.index.aliases)
+    writer = CheckpointWriter(trajectory.base(), folder, set(trajectory.names), trajectory.index.aliases, dtype)
     writer.begin()
     for shard in shards:
         writer.write(shard)
@@ -342,7 +362,8 @@ def extrapolate(trajectory: Trajectory, cut: int, prediction: Prediction) -> Ite
     """
     steps = trajectory.steps_until(cut)
     gram_LTT = delta_gram(trajectory.increment_gram(cut))
-    return predicted_tensors(trajectory.histories(cut), trajectory.names, gram_LTT, steps, prediction)
+    histories = trajectory.histories(cut)
+    return predicted_tensors(histories, trajectory.encoding, trajectory.names, gram_LTT, steps, prediction)
 
 
 class _together:
@@ -400,4 +421,4 @@ def _check_cover(counted: Sequence[Mapping[str, tuple[tuple[int, ...], Placement
 
 
 def _bits(weights: torch.Tensor) -> torch.Tensor:
-    return weights.contiguous().view(torch.int16)
+    return weights.contiguous().view(torch.uint8)

@@ -11,7 +11,7 @@ import torch
 
 from relex_verl.diagnostics import describe, random_walk_gram, summary
 
-__all__ = ["WANDB_UPLOAD_LIMIT", "fit_report", "log_to_wandb", "step_metrics", "versions"]
+__all__ = ["WANDB_UPLOAD_LIMIT", "fit_report", "log_to_wandb", "provenance", "step_metrics", "versions"]
 
 WANDB_UPLOAD_LIMIT = 10**9  # bytes; larger checkpoints are logged by reference
 
@@ -25,6 +25,21 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def provenance(base_model: str, prediction: Any, cut: int, steps: list[int], trajectory: Path) -> dict[str, Any]:
+    """What `relex.json` says of a predicted checkpoint."""
+    return {
+        "base_model": base_model,
+        "method": prediction.method,
+        "rank": prediction.rank,
+        "t_cut": cut,
+        "target": prediction.target,
+        "fit_from": prediction.fit_from,
+        "observed_steps": steps,
+        "trajectory": str(trajectory),
+        "versions": versions(),
+    }
 
 
 def step_metrics(figures: Mapping[str, torch.Tensor], changed_share: float, stored_bytes: int) -> dict[str, float]:

@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,15 +23,22 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from relex_verl.encodings import BLOCK, SparseIncrement, replay
+from relex_verl.encodings import ENCODINGS, Encoding, PackedStep
 from relex_verl.gram import append_row
 from relex_verl.hf_checkpoint import BaseCheckpoint, resolve_model, write_json
 from relex_verl.shards import Placement, TensorShard
 
-__all__ = ["SCHEMA_VERSION", "PackedStep", "ShardHistory", "Trajectory", "TrajectoryError", "TrajectoryIndex", "Window"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "ShardHistory",
+    "Trajectory",
+    "TrajectoryError",
+    "TrajectoryIndex",
+    "Window",
+    "step_ranges",
+]
 
 SCHEMA_VERSION = 1
-INCREMENT_FIELDS = ("block_count", "index", "value", "exception_index", "exception_old", "exception_new")
 
 
 class TrajectoryError(RuntimeError):
@@ -43,7 +51,7 @@ class Window:
 
     Attributes:
         origin_step: the training step of theta_0.
-        origin: "base" when theta_0 is the base model in bfloat16, "stored" when each rank holds its own copy.
+        origin: "base" when theta_0 is the base model (in the encoding's dtype), "stored" when each rank holds its own copy.
         steps: the committed steps, ascending.
     """
 
@@ -76,61 +84,14 @@ class TrajectoryIndex:
     schema_version: int = SCHEMA_VERSION
 
 
-class PackedStep:
-    """One increment of every tensor of a rank, end to end in a few flat arrays (a file has a dozen entries, not 10,000).
-
-    Attributes:
-        arrays: the fields of `SparseIncrement`, concatenated over the tensors; `entries` and `exceptions` (L,) int64
-            count each tensor's; `gram_row` (L, t) float64 is this rank's part of the new row of H.
-    """
-
-    def __init__(self, arrays: Mapping[str, torch.Tensor], numels: Sequence[int]) -> None:
-        self.arrays = dict(arrays)
-        blocks = torch.tensor([0, *(-(-numel // BLOCK) for numel in numels)]).cumsum(0).tolist()
-        entries = torch.cat([torch.zeros(1, dtype=torch.int64), self.arrays["entries"]]).cumsum(0).tolist()
-        exceptions = torch.cat([torch.zeros(1, dtype=torch.int64), self.arrays["exceptions"]]).cumsum(0).tolist()
-        self._bounds = (blocks, entries, entries, exceptions, exceptions, exceptions)
-
-    @classmethod
-    def pack(cls, increments: Sequence[SparseIncrement], numels: Sequence[int]) -> "PackedStep":
-        """Put the increments of a step end to end; `gram_row` is set by whoever computes it."""
-        empty = SparseIncrement(
-            torch.empty(0, dtype=torch.int32),
-            torch.empty(0, dtype=torch.int16),
-            torch.empty(0, dtype=torch.bfloat16),
-            torch.empty(0, dtype=torch.int64),
-            torch.empty(0, dtype=torch.bfloat16),
-            torch.empty(0, dtype=torch.bfloat16),
-        )
-        arrays = {name: torch.cat([getattr(one, name) for one in (empty, *increments)]) for name in INCREMENT_FIELDS}
-        arrays["entries"] = torch.tensor([one.index.numel() for one in increments], dtype=torch.int64)
-        arrays["exceptions"] = torch.tensor([one.exception_index.numel() for one in increments], dtype=torch.int64)
-        return cls(arrays, numels)
-
-    def increment(self, tensor: int) -> SparseIncrement:
-        """The increment of one tensor: views, no copy."""
-        parts = zip(INCREMENT_FIELDS, self._bounds, strict=True)
-        return SparseIncrement(*(self.arrays[name][bounds[tensor] : bounds[tensor + 1]] for name, bounds in parts))
-
-    @property
-    def changed(self) -> int:
-        """Elements that changed, over all tensors."""
-        return self.arrays["index"].numel() + self.arrays["exception_index"].numel()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory, and on disk but for the header."""
-        return sum(array.nbytes for array in self.arrays.values())
-
-
 class ShardHistory(NamedTuple):
     """All that is known of one shard up to some step."""
 
     name: str
     shape: tuple[int, ...]
     placement: Placement
-    last: torch.Tensor  # (n,) bfloat16 at the last of the steps
-    increments: list[SparseIncrement]
+    last: torch.Tensor  # (n,) at the last of the steps, in the encoding's dtype
+    increments: list[Any]
 
 
 class Trajectory:
@@ -170,12 +131,11 @@ class Trajectory:
         folder = self._rank_folder(rank)
         folder.mkdir(parents=True, exist_ok=True)
         if origin is not None:
-            flat = torch.cat([torch.empty(0, dtype=torch.bfloat16), *(part.cpu() for part in origin)])
-            _save(folder / "origin.safetensors", {"origin": flat})
+            _save(folder / "origin.safetensors", {"origin": torch.cat(origin)})
         runs = {name: {"start": one.full_start, "length": one.length} for name, one in placements.items()}
         write_json(folder / "placements.json", runs)
 
-    def append(self, rank: int, step: int, packed: PackedStep) -> None:
+    def append(self, rank: int, step: int, packed: PackedStep[Any]) -> None:
         """Write a rank's file of a step. It counts from `commit` on."""
         _save(self._rank_folder(rank) / f"step_{step:06d}.safetensors", packed.arrays)
 
@@ -212,6 +172,11 @@ class Trajectory:
         """The base model, found by the path or Hub id in the index."""
         return BaseCheckpoint(resolve_model(self.index.base_model))
 
+    @property
+    def encoding(self) -> Encoding:
+        """How its increments are kept."""
+        return ENCODINGS[self.index.encoding]
+
     def placements(self, rank: int) -> dict[str, Placement]:
         """Which elements of which tensors a rank holds.
 
@@ -224,7 +189,7 @@ class Trajectory:
         content = json.loads(path.read_text())
         return {name: Placement(tuple(one["start"]), tuple(one["length"])) for name, one in content.items()}
 
-    def load(self, rank: int, step: int, numels: Sequence[int]) -> PackedStep:
+    def load(self, rank: int, step: int) -> PackedStep[Any]:
         """A rank's file of a step, memory-mapped.
 
         Raises:
@@ -233,7 +198,8 @@ class Trajectory:
         path = self._rank_folder(rank) / f"step_{step:06d}.safetensors"
         try:
             with safe_open(path, framework="pt") as handle:
-                return PackedStep({name: handle.get_tensor(name) for name in handle.keys()}, numels)  # noqa: SIM118
+                arrays = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+                return PackedStep(self.encoding.increment, arrays)
         except Exception as error:
             raise TrajectoryError(f"{path} cannot be read: {error}") from error
 
@@ -256,18 +222,17 @@ class Trajectory:
         for rank in range(self.index.world_size):
             placements = self.placements(rank)
             where = torch.tensor([position[name] for name in placements], dtype=torch.int64)
-            numels = [one.numel for one in placements.values()]
             for row, step in zip(rows, steps, strict=True):
-                row[where] += self.load(rank, step, numels).arrays["gram_row"]
+                row[where] += self.load(rank, step).arrays["gram_row"]
         gram_LTT = torch.zeros(len(position), 0, 0, dtype=torch.float64)
         for row in rows:
             gram_LTT = append_row(gram_LTT, row)
         return gram_LTT
 
     def origin(self, rank: int, base: BaseCheckpoint, placements: Mapping[str, Placement]) -> Iterator[torch.Tensor]:
-        """A rank's part of theta_0, tensor by tensor, (n,) bfloat16."""
+        """A rank's part of theta_0, tensor by tensor, (n,) in the encoding's dtype."""
         if self.window.origin == "base":
-            yield from (base.read_bf16(name, placement) for name, placement in placements.items())
+            yield from (base.read(name, placement).to(self.encoding.dtype) for name, placement in placements.items())
             return
         with safe_open(self._rank_folder(rank) / "origin.safetensors", framework="pt") as handle:
             flat = handle.get_tensor("origin")
@@ -278,16 +243,35 @@ class Trajectory:
         steps, base = self.steps_until(cut), self.base()
         for rank in range(self.index.world_size) if ranks is None else ranks:
             placements = self.placements(rank)
-            numels = [placement.numel for placement in placements.values()]
-            packed = [self.load(rank, step, numels) for step in steps]
+            packed = [self.load(rank, step) for step in steps]
             origins = self.origin(rank, base, placements)
             for i, ((name, placement), origin) in enumerate(zip(placements.items(), origins, strict=True)):
                 increments = [one.increment(i) for one in packed]
-                shape = tuple(self.index.tensors[name])
-                yield ShardHistory(name, shape, placement, replay(origin, increments), increments)
+                state = origin.clone()  # it may be a view of a memory-mapped file
+                for increment in increments:
+                    self.encoding.advance(state, increment)
+                yield ShardHistory(name, tuple(self.index.tensors[name]), placement, state, increments)
+
+    @property
+    def elements(self) -> int:
+        """Parameters of the observed tensors."""
+        return sum(prod(shape) for shape in self.index.tensors.values())
+
+    def error_bound(self, step: int) -> float:
+        """How far a weight of `states(step)` can be from the engine's own: 0 for bf16, half a quantum for fp32."""
+        if step == self.window.origin_step:
+            return 0.0
+        self._check_observed(step)
+        increments = (
+            self.load(rank, step).increment(i)
+            for rank in range(self.index.world_size)
+            for i in range(len(self.placements(rank)))
+        )
+        return max((self.encoding.error_bound(increment) for increment in increments), default=0.0)
 
     def states(self, step: int) -> Iterator[TensorShard]:
-        """Every shard as it was at an observed step (or the origin), bit for bit.
+        """Every shard as it was at an observed step or at the origin: bit for bit for bf16, the reconstruction for fp32.
+
 
         Raises:
             TrajectoryError: the step was not observed.
@@ -295,10 +279,13 @@ class Trajectory:
         if step == self.window.origin_step:
             yield from self._origins()
             return
-        if step not in self.steps:
-            raise TrajectoryError(f"step {step} was not observed; {self.folder} holds {_ranges(self.steps)}")
+        self._check_observed(step)
         for history in self.histories(step):
             yield TensorShard(history.name, history.shape, history.placement, history.last)
+
+    def _check_observed(self, step: int) -> None:
+        if step not in self.steps:
+            raise TrajectoryError(f"step {step} was not observed; {self.folder} holds {step_ranges(self.steps)}")
 
     def _origins(self) -> Iterator[TensorShard]:
         base = self.base()
@@ -317,8 +304,8 @@ def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     os.replace(temporary, path)
 
 
-def _ranges(steps: Sequence[int]) -> str:
-    """1-5, 8, 10-12"""
+def step_ranges(steps: Sequence[int]) -> str:
+    """Step numbers for people: 1-5, 8, 10-12."""
     parts: list[list[int]] = []
     for step in steps:
         if parts and step == parts[-1][-1] + 1:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from relex_verl import tracking
 from relex_verl.advice import advise
@@ -63,6 +63,7 @@ class RelexCallback:
         Raises:
             ConfigError: they do not fit the run.
         """
+        self._total_steps = total_steps
         self.plan = self.config.plan(total_steps)
 
     def on_model_ready(self, workers: Any) -> None:
@@ -73,16 +74,18 @@ class RelexCallback:
         """
         assert self.plan is not None
         self._workers = workers
-        rows = sum(self.plan.observes(step) for step in range(1, self.plan.t_cut + 1))
         setup = Setup(
             output_dir=self.config.folder,
             base_model=str(self._verl.actor_rollout_ref.model.path),
             run={"project": self._verl.trainer.project_name, "experiment": self._verl.trainer.experiment_name},
-            rows=rows,
+            trajectory=self.config.trajectory,
+            quantization=self.config.quantization,
+            rows={kind: self.config.plan(self._total_steps, kind).rows for kind in ("fp32", "bf16")},
             predictions=len(self._predictions()),
             rank=self.config.rank,
+            fit_from=self.config.fit_from,
         )
-        self._guard(lambda: self._ask("relex_start", setup, refuse=True))
+        self._guard(lambda: self._start(setup))
 
     def on_checkpoint_loaded(self, step: int) -> None:
         """Open the trajectory, from the start or after the step that training resumes from.
@@ -121,6 +124,12 @@ class RelexCallback:
         self.active = False
 
     # One observed step
+
+    def _start(self, setup: Setup) -> None:
+        kind, reason = self._ask("relex_start", setup, refuse=True)
+        if reason is not None:
+            logger.warning("RELEX: relex.trajectory=%s becomes %s, since %s", self.config.trajectory, kind, reason)
+        self.plan = self.config.plan(self._total_steps, kind)
 
     def _open(self, step: int) -> None:
         held = self._ask("relex_open", step, refuse=True)
@@ -166,7 +175,7 @@ class RelexCallback:
 
     def _provenance(self, prediction: Prediction, steps: list[int]) -> dict[str, Any]:
         assert self.plan is not None
-        return provenance(
+        return tracking.provenance(
             str(self._verl.actor_rollout_ref.model.path),
             prediction,
             self.plan.t_cut,
@@ -242,22 +251,3 @@ class _Refused(Exception):
     def __init__(self, reason: Exception) -> None:
         super().__init__(str(reason))
         self.reason = reason
-
-
-def provenance(base_model: str, prediction: Prediction, cut: int, steps: list[int], trajectory: Path) -> dict[str, Any]:
-    """What `relex.json` says of a predicted checkpoint."""
-    return {
-        "base_model": base_model,
-        "method": prediction.method,
-        "rank": prediction.rank,
-        "t_cut": cut,
-        "target": prediction.target,
-        "observed_steps": steps,
-        "trajectory": str(trajectory),
-        "versions": tracking.versions(),
-    }
-
-
-def resolved(config: DictConfig) -> dict[str, Any]:
-    """The configuration as plain data."""
-    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]

@@ -13,23 +13,28 @@ import torch
 
 from relex_verl.shards import Placement, TensorShard, block_placement, placement_of_positions
 
-__all__ = ["EngineSource", "tied_names"]
+__all__ = ["EngineSource", "has_float32_master", "tied_names"]
 
 # bfloat16 has 8 significant bits: whole numbers up to 256 are exact. Digits start at 1, so that none looks like padding.
 DIGIT_BASE = 128
 
 
 class EngineSource:
-    """The shards of a verl engine. Iterating is collective: all ranks iterate, to the end."""
+    """The shards of a verl engine. Iterating is collective: all ranks iterate, to the end.
 
-    def __init__(self, engine: Any) -> None:
+    Attributes:
+        master: yield the float32 master weights instead of their bfloat16 rounding; see `has_float32_master`.
+        aliases: tied name -> the name that holds its elements.
+    """
+
+    def __init__(self, engine: Any, master: bool = False) -> None:
         self.engine = engine
+        self.master = master
         self.aliases = tied_names(engine)
         self._parts: dict[str, list[_Part]] = {}
 
     def __iter__(self) -> Iterator[TensorShard]:
-        exported, _ = self.engine.get_per_tensor_param_shard()
-        for name, local, spec in exported:
+        for name, local, spec in self._exported():
             if not local.is_floating_point() or name in self.aliases:
                 continue
             local = local.detach().flatten()
@@ -37,7 +42,13 @@ class EngineSource:
                 self._parts[name] = self._locate(name, local, spec)
             for part in self._parts[name]:
                 data = local if part.positions is None else local[part.positions.to(local.device)]
-                yield TensorShard(part.name, part.shape, part.placement, data.to(torch.bfloat16))
+                yield TensorShard(part.name, part.shape, part.placement, data)
+
+    def _exported(self) -> Iterator[tuple[str, torch.Tensor, Any]]:
+        if not self.master:
+            exported, _ = self.engine.get_per_tensor_param_shard()
+            return exported
+        return _fsdp_master_shards(self.engine)
 
     def _locate(self, name: str, local: torch.Tensor, spec: Any) -> list["_Part"]:
         if spec.place is None and spec.to_hf_chunk is None and spec.hf_slots is None and self._is_identity(name, spec):
@@ -95,6 +106,47 @@ class _Part:
 
     def __init__(self, name: str, shape: tuple[int, ...], placement: Placement, positions: torch.Tensor | None) -> None:
         self.name, self.shape, self.placement, self.positions = name, shape, placement, positions
+
+
+def has_float32_master(engine: Any) -> str | None:
+    """None where the engine's parameters are float32 and can be read shard by shard, else the reason why not."""
+    from verl.workers.engine.fsdp import FSDPEngine
+
+    if not isinstance(engine, FSDPEngine) or type(engine).get_per_tensor_param_shard is not _fsdp_exporter():
+        return f"{type(engine).__name__} hands out bfloat16 weights only"
+    dtype = next(engine.module.parameters()).dtype
+    return (
+        None
+        if dtype == torch.float32
+        else f"the engine's parameters are {dtype}, not float32 (fsdp_config.model_dtype)"
+    )
+
+
+def _fsdp_exporter() -> Any:
+    from verl.workers.engine.fsdp import FSDPEngine
+
+    return FSDPEngine.get_per_tensor_param_shard
+
+
+def _fsdp_master_shards(engine: Any) -> Iterator[tuple[str, torch.Tensor, Any]]:
+    """Like `FSDPEngine.get_per_tensor_param_shard` of verl 0.9.1, but for its rounding to bfloat16."""
+    from verl.utils.device import get_device_id
+    from verl.utils.fsdp_utils import fsdp_version, load_fsdp_model_to_gpu, offload_fsdp_model_to_cpu
+    from verl.utils.model import convert_weight_keys
+    from verl.workers.engine.spec import ShardSpec
+
+    # FSDP1 gathers while it builds the state dict and wants its flat parameters on the device; FSDP2 hands out references.
+    staged = fsdp_version(engine.module) == 1
+    if staged and not engine._uses_fsdp2_cpu_offload_policy:
+        load_fsdp_model_to_gpu(engine.module)
+    params = engine.module.state_dict()
+    params = convert_weight_keys(params, getattr(engine.module, "_fsdp_wrapped_module", engine.module))
+    if staged and engine.is_param_offload_enabled:
+        offload_fsdp_model_to_cpu(engine.module)
+    for name, param in params.items():
+        spec = ShardSpec.from_param(param)
+        local = param.to(get_device_id(), non_blocking=True)
+        yield name, (local.to_local() if hasattr(local, "to_local") else local), spec
 
 
 def tied_names(engine: Any) -> dict[str, str]:

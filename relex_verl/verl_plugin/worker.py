@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from verl.experimental.separation.engine_workers import DetachActorWorker
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from relex_verl import budget, collectives, tracking
 from relex_verl.diagnostics import describe
+from relex_verl.encodings import encoding_name
 from relex_verl.observer import Observer, Prediction
-from relex_verl.verl_plugin.source import EngineSource
+from relex_verl.verl_plugin.source import EngineSource, has_float32_master
 
 __all__ = ["Answer", "RelexActorWorker", "RelexDetachActorWorker", "Setup"]
 
@@ -35,16 +37,21 @@ class Setup:
         output_dir: as in the configuration.
         base_model: folder or Hub id of the base model.
         run: what identifies the run.
-        rows, predictions: observed steps and checkpoints up to the cut, for the budget.
-        rank: r, for the figures that are logged.
+        trajectory, quantization: as in the configuration.
+        rows: observed steps up to the cut, for each kind of trajectory.
+        predictions: checkpoints to be written.
+        rank, fit_from: of the fit, for the figures that are logged.
     """
 
     output_dir: Path
     base_model: str
     run: dict[str, Any]
-    rows: int
+    trajectory: str
+    quantization: str
+    rows: dict[str, int]
     predictions: int
     rank: int
+    fit_from: int
 
 
 @dataclass(frozen=True)
@@ -76,14 +83,24 @@ class _RelexWorkerMixin:
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     @_answers
-    def relex_start(self, setup: Setup) -> None:
-        """Take theta_0 (call it between `init_model` and `load_checkpoint`) and check memory and disk."""
-        self._relex_source = EngineSource(self.actor.engine)
+    def relex_start(self, setup: Setup) -> tuple[str, str | None]:
+        """Take theta_0 (call it between `init_model` and `load_checkpoint`) and check memory and disk.
+
+        Returns:
+            The kind of trajectory that this engine allows, and why it is not the configured one (None when it is).
+        """
+        engine = self.actor.engine
+        reason = has_float32_master(engine) if setup.trajectory == "fp32" else None
+        trajectory = setup.trajectory if reason is None else "bf16"
+        encoding = encoding_name(trajectory, setup.quantization)
         self._relex_setup = setup
+        self._relex_source = EngineSource(engine, master=trajectory == "fp32")
+        aliases = self._relex_source.aliases
         folder = setup.output_dir / "trajectory"
-        self._relex = Observer(folder, setup.base_model, self._relex_source.aliases, setup.run)
+        self._relex = Observer(folder, setup.base_model, aliases, setup.run, encoding)
         self._relex.start(self._relex_source)
-        self._check_budget(setup)
+        self._check_budget(setup, setup.rows[trajectory])
+        return trajectory, reason
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     @_answers
@@ -99,7 +116,7 @@ class _RelexWorkerMixin:
         seen = self._relex.observe(step, self._relex_source)
         if collectives.rank():
             return {}
-        figures = describe(self._relex.gram(), self._relex.steps, self._relex_setup.rank)
+        figures = describe(*self._fitted_rows(), self._relex_setup.rank)
         return tracking.step_metrics(figures, seen.changed_share, seen.stored_bytes)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -110,7 +127,7 @@ class _RelexWorkerMixin:
             return {}
         observer = self._relex
         names, shapes = list(observer.shapes), list(observer.shapes.values())
-        fits = tracking.fit_report(names, shapes, observer.gram(), observer.steps, self._relex_setup.rank)
+        fits = tracking.fit_report(names, shapes, *self._fitted_rows(), self._relex_setup.rank)
         return {"fits": fits, "steps": list(observer.steps)}
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -125,18 +142,25 @@ class _RelexWorkerMixin:
         """Let go of everything that RELEX holds in memory."""
         self._relex = self._relex_source = None  # type: ignore[assignment]
 
-    def _check_budget(self, setup: Setup) -> None:
+    def _fitted_rows(self) -> tuple[torch.Tensor, list[int]]:
+        """G and the steps of the rows that take part in the fit (all, while there are none yet)."""
+        steps = self._relex.steps
+        skipped = min(sum(step < self._relex_setup.fit_from for step in steps), len(steps) - 1)
+        return self._relex.gram()[:, skipped:, skipped:], steps[skipped:]
+
+    def _check_budget(self, setup: Setup, rows: int) -> None:
         mine = sum(held.placement.numel for held in self._relex.held.values())
         everyone = collectives.gather((socket.gethostname(), mine, budget.available_memory()))
         total = sum(elements for _, elements, _ in everyone)
         host = socket.gethostname()
         here = [elements for node, elements, _ in everyone if node == host]
-        need = budget.budget(sum(here), total, setup.rows, setup.predictions)
+        encoding = self._relex.encoding
+        need = budget.budget(encoding, sum(here), total, rows, setup.predictions)
         # theta_0 is already held: what is still to come is the rest.
         available = min(free for node, _, free in everyone if node == host)
         error: Exception | None = None
         try:
-            budget.check_memory(need.memory - sum(here) * budget.SNAPSHOT_BYTES, available, len(here))
+            budget.check_memory(need.memory - sum(here) * encoding.state_bytes, available, len(here))
             if collectives.rank() == 0:
                 budget.check_disk(need, setup.output_dir)
         except budget.BudgetError as refused:

@@ -1,18 +1,18 @@
-"""One increment of one tensor, as it is kept: `bf16`, the exact change of the bf16 weights that the rollout sees.
+"""`bf16`: the exact change of the bfloat16 weights that the rollout sees, as a sparse vector.
 
-At RLVR learning rates 97-99.5 % of the bf16 weights are bit-identical from one step to the next, so an increment is a
-sparse vector: for each changed element a 16-bit index within its block of 65,536 and the change as a bf16 value, 4 bytes.
-The change of a bf16 weight is not always a bf16 value (a weight that crosses zero, about 0.1 %; a zero that changes its
-sign). Such an element is an exception and keeps both its old and its new value. Nothing is rounded anywhere: replaying
-the increments gives back every observed weight bit for bit.
+At RLVR learning rates 97-99.5 % of the bf16 weights are bit-identical from one step to the next, so an increment keeps
+only the changed elements: a 16-bit index within a block of 65,536 and the change as a bf16 value, 4 bytes each. The change
+of a bf16 weight is not always a bf16 value (a weight that crosses zero, about 0.1 %; a zero that changes its sign). Such
+an element is an exception and keeps both its old and its new value. Nothing is rounded anywhere: replaying the increments
+gives back every observed weight bit for bit.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
-__all__ = ["BLOCK", "SparseIncrement", "accumulate", "dots", "encode", "replay"]
+__all__ = ["BLOCK", "SparseIncrement", "accumulate", "advance", "dots", "encode"]
 
 BLOCK = 65_536
 # Work is done over this many elements at a time: its float64 scratch (32 MiB) stays near the caches, and no temporary
@@ -43,11 +43,6 @@ class SparseIncrement:
     def changed(self) -> int:
         """Elements whose bits changed."""
         return self.index.numel() + self.exception_index.numel()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes kept."""
-        return sum(getattr(self, field.name).nbytes for field in fields(self))
 
     def chunk(self, start: int, stop: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """The entries within [start, stop): positions relative to start (int64) and exact changes (float64).
@@ -81,13 +76,15 @@ def encode(old: torch.Tensor, new: torch.Tensor) -> SparseIncrement:
 
     Args:
         old: (n,) bfloat16, the weights at the row before; on any device.
-        new: (n,) bfloat16, the weights now.
+        new: (n,) the weights now; rounded to bfloat16 as the rollout sees them.
 
     Raises:
-        ValueError: other dtypes, other shapes, or weights that are not finite.
+        ValueError: shards that do not fit, or weights that are not finite.
     """
-    if old.shape != new.shape or old.ndim != 1 or old.dtype != torch.bfloat16 or new.dtype != torch.bfloat16:
-        raise ValueError(f"need two flat bfloat16 shards, got {old.dtype}{[*old.shape]} and {new.dtype}{[*new.shape]}")
+    if old.shape != new.shape or old.ndim != 1 or old.dtype != torch.bfloat16:
+        raise ValueError(
+            f"need two flat shards, the old one bfloat16; got {old.dtype} {[*old.shape]} and {[*new.shape]}"
+        )
     parts = [_encode_chunk(old[start:stop].to(new.device), new[start:stop], start) for start, stop in _chunks(len(new))]
     if not parts:
         parts = [_encode_chunk(old, new, 0)]
@@ -95,6 +92,7 @@ def encode(old: torch.Tensor, new: torch.Tensor) -> SparseIncrement:
 
 
 def _encode_chunk(old: torch.Tensor, new: torch.Tensor, start: int) -> tuple[torch.Tensor, ...]:
+    new = new.to(torch.bfloat16)
     position = (old.view(torch.int16) != new.view(torch.int16)).nonzero().flatten()
     before, after = old[position], new[position]
     if not after.isfinite().all():
@@ -167,20 +165,16 @@ def accumulate(
     return predicted
 
 
-def replay(origin: torch.Tensor, increments: Sequence[SparseIncrement]) -> torch.Tensor:
-    """The weights after these increments, bit for bit.
+def advance(state: torch.Tensor, increment: SparseIncrement) -> None:
+    """Apply an increment in place, bit for bit: theta_{t-1} becomes theta_t.
 
     Args:
-        origin: (n,) bfloat16, the weights before the first of them.
-
-    Returns:
-        (n,) bfloat16, a new tensor on the host.
+        state: (n,) bfloat16 on the host.
+        increment: e_t.
     """
-    state = origin.cpu().clone()
-    for increment in increments:
-        offset = torch.arange(len(increment.block_count)) * BLOCK
-        position = offset.repeat_interleave(increment.block_count.long())
-        position += increment.index.to(torch.int64) & 0xFFFF
-        state[position] = (state[position].float() + increment.value.float()).to(torch.bfloat16)
-        state[increment.exception_index] = increment.exception_new
-    return state
+    offset = torch.arange(len(increment.block_count)) * BLOCK
+    position = offset.repeat_interleave(increment.block_count.long())
+    position += increment.index.to(torch.int64) & 0xFFFF
+    # old + (new - old) with an exact difference is exact in float32.
+    state[position] = (state[position].float() + increment.value.float()).to(torch.bfloat16)
+    state[increment.exception_index] = increment.exception_new

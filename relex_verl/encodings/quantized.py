@@ -1,0 +1,177 @@
+"""`fp32`: the change of the float32 master weights, block-quantised with error feedback.
+
+bf16 rounding turns a smooth drift into shot noise: most weights have not yet crossed a rounding boundary. The float32
+weights that the optimizer updates show the drift itself. An increment keeps, for each group of 64 elements, one float32
+scale and 64 integers (8 or 4 bits). It is the change from the *running reconstruction*, not from the weights one row
+earlier, so what one row rounds away is in the next row's change: the error is that of the last row alone and does not add
+up. With 0 bits ("none") an increment is the float32 change itself.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["GROUP", "QuantizedIncrement", "accumulate", "advance", "dots", "encode", "error_bound"]
+
+GROUP = 64
+LEVELS = {8: 127, 4: 7}  # largest code
+# Elements at a time. A multiple of GROUP, small since T increments are expanded to float32 side by side.
+CHUNK = 4096 * GROUP
+
+
+@dataclass(frozen=True)
+class QuantizedIncrement:
+    """e_t of one flat shard of n elements, m = ceil(n / 64) groups.
+
+    Attributes:
+        code: 8 bits: (64 m,) int8; 4 bits: (32 m,) uint8, two codes a byte, low nibble first; none: (n,) float32.
+        scale: (m,) float32, the change is scale * code; empty for none.
+    """
+
+    code: torch.Tensor
+    scale: torch.Tensor
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code; 0 for none."""
+        return {torch.int8: 8, torch.uint8: 4, torch.float32: 0}[self.code.dtype]
+
+    @property
+    def changed(self) -> int:
+        """Elements whose change was not rounded to 0."""
+        return int(_unpack(self.code).count_nonzero()) if self.bits == 4 else int(self.code.count_nonzero())
+
+    def codes(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
+        """Codes of the elements [start, stop) in groups, (g, 64) float32; the last group is padded with 0."""
+        if self.bits == 4:
+            return _unpack(self.code[start // 2 : -(-stop // GROUP) * GROUP // 2].to(device)).float().view(-1, GROUP)
+        if self.bits == 8:
+            return self.code[start : -(-stop // GROUP) * GROUP].to(device).float().view(-1, GROUP)
+        return _grouped(self.code[start:stop].to(device))
+
+    def change(self, start: int, stop: int) -> torch.Tensor:
+        """The change of the elements [start, stop), (stop - start,) float64 on the host."""
+        codes = self.codes(start, stop, torch.device("cpu")).double()
+        if self.bits:
+            codes *= self.scale[start // GROUP : -(-stop // GROUP)].double().unsqueeze(1)
+        return codes.flatten()[: stop - start]
+
+
+def _chunks(numel: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + CHUNK, numel)) for start in range(0, numel, CHUNK))
+
+
+def _grouped(flat: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(flat, (0, -len(flat) % GROUP)).view(-1, GROUP)
+
+
+def _pack(codes: torch.Tensor) -> torch.Tensor:
+    nibbles = codes.to(torch.int8).view(-1, 2) & 0xF
+    return (nibbles[:, 0] | (nibbles[:, 1] << 4)).view(torch.uint8)
+
+
+def _unpack(packed: torch.Tensor) -> torch.Tensor:
+    """Sign-extended nibbles, int8."""
+    signed = packed.view(torch.int8)
+    return torch.stack([(signed << 4) >> 4, signed >> 4], dim=1).flatten()
+
+
+def encode(state: torch.Tensor, new: torch.Tensor, bits: int = 8) -> QuantizedIncrement:
+    """The increment that leads from the reconstruction `state` to (nearly) `new`; computed on the device of `new`.
+
+    The error of an element is at most half a quantum, max|change in its group| / (2 * 127) for 8 bits.
+
+    Args:
+        state: (n,) float32, the reconstruction at the row before; on any device.
+        new: (n,) the weights now.
+        bits: 8, 4, or 0 for none.
+
+    Raises:
+        ValueError: shards that do not fit, or weights that are not finite.
+    """
+    if state.shape != new.shape or state.ndim != 1 or state.dtype != torch.float32:
+        raise ValueError(
+            f"need two flat shards, the old one float32; got {state.dtype} {[*state.shape]}, {[*new.shape]}"
+        )
+    codes, scales = [torch.empty(0, dtype={8: torch.int8, 4: torch.uint8, 0: torch.float32}[bits])], [torch.empty(0)]
+    for start, stop in _chunks(len(new)):
+        change = new[start:stop].float() - state[start:stop].to(new.device)
+        if not change.isfinite().all():
+            raise ValueError("weights are not finite (NaN or infinity): the training run itself has diverged")
+        if not bits:
+            codes.append(change.cpu())
+            continue
+        groups = _grouped(change)
+        scale = groups.abs().amax(dim=1) / LEVELS[bits]
+        code = torch.where(scale.unsqueeze(1) > 0, groups / scale.unsqueeze(1), 0.0).round().flatten()
+        code = code.clamp_(-LEVELS[bits], LEVELS[bits])  # a subnormal scale has few digits
+        codes.append((_pack(code) if bits == 4 else code.to(torch.int8)).cpu())
+        scales.append(scale.cpu())
+    return QuantizedIncrement(torch.cat(codes), torch.cat(scales))
+
+
+def advance(state: torch.Tensor, increment: QuantizedIncrement) -> None:
+    """Apply an increment to the reconstruction in place.
+
+    Args:
+        state: (n,) float32 on the host.
+        increment: e_t.
+    """
+    for start, stop in _chunks(len(state)):
+        state[start:stop] = (state[start:stop].double() + increment.change(start, stop)).float()
+
+
+def dots(increments: Sequence[QuantizedIncrement], numel: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The new row of H: inner products of the last increment with every one, itself included.
+
+    Within a group the products of codes are summed in float32, which is exact (64 * 127^2 < 2^24); the rest is float64.
+
+    Args:
+        increments: e_1 .. e_t of one shard.
+        numel: n, elements of the shard.
+        device: where to compute.
+
+    Returns:
+        (t,) float64 on the host.
+    """
+    device = torch.device(device)
+    exact = torch.float32 if increments[-1].bits else torch.float64
+    row_T = torch.zeros(len(increments), dtype=torch.float64, device=device)
+    for start, stop in _chunks(numel):
+        history = torch.stack([one.codes(start, stop, device) for one in increments]).to(exact)
+        products_Tg = torch.einsum("tgk,gk->tg", history, history[-1]).double()
+        if increments[-1].bits:
+            groups = slice(start // GROUP, -(-stop // GROUP))
+            scales_Tg = torch.stack([one.scale[groups] for one in increments]).to(device).double()
+            products_Tg *= scales_Tg * scales_Tg[-1]
+        row_T += products_Tg.sum(dim=1)
+    return row_T.cpu()
+
+
+def accumulate(
+    last: torch.Tensor, increments: Sequence[QuantizedIncrement], coefficients: Sequence[float]
+) -> torch.Tensor:
+    """theta_last + sum_t (w_t - 1) e_t in float64, rounded to bfloat16.
+
+    Args:
+        last: (n,) float32, the reconstruction at the last observed row.
+        increments: e_1 .. e_T.
+        coefficients: w_t - 1 for each of them.
+
+    Returns:
+        (n,) bfloat16 on the host, the predicted weights.
+    """
+    predicted = torch.empty(last.shape, dtype=torch.bfloat16)
+    for start, stop in _chunks(len(last)):
+        total = last[start:stop].cpu().double()
+        for increment, coefficient in zip(increments, coefficients, strict=True):
+            if coefficient:
+                total += coefficient * increment.change(start, stop)
+        predicted[start:stop] = total.to(torch.bfloat16)
+    return predicted
+
+
+def error_bound(increment: QuantizedIncrement) -> float:
+    """Half a quantum of the coarsest group: how far the reconstruction can be from the weights, besides float32 rounding."""
+    return float(increment.scale.max()) / 2 if increment.scale.numel() else 0.0
