@@ -1,7 +1,7 @@
 """Figures: plain numbers in, a PNG and an SVG out. No trajectory, no decision, no display.
 
-Every function takes the path without its suffix and returns the files it wrote. matplotlib is imported when a figure is
-drawn, without pyplot, so that no global state or backend of the calling process is touched.
+Every function takes `stem`, the path without its suffix, and a title, and returns the two files it wrote. matplotlib is
+imported when a figure is drawn, without pyplot: no global state or backend of the calling process is touched.
 """
 
 import functools
@@ -47,7 +47,6 @@ class CoefficientPanel:
     """One tensor of the paper's Figure 4.
 
     Attributes:
-        title: name of the tensor.
         steps: the T real step numbers.
         values: (T,) rank-1 coefficients c_t.
         line: (T,) the fitted line at the steps.
@@ -126,8 +125,6 @@ def plot_components(
     """Coefficients of one tensor's leading components, each with its share of the variance (paper, Figure 5).
 
     Args:
-        stem: path without suffix.
-        title: name of the tensor.
         steps: the T real step numbers.
         coefficients: (r, T), largest first.
         shares: (r,) share of the variance of each.
@@ -150,10 +147,8 @@ def plot_spectrum(
     """Share of the variance of each singular direction, beside a random walk over the same steps.
 
     Args:
-        stem: path without suffix.
         shares: (k,) of the trajectory (of one tensor, or the middle over tensors), largest first.
         null_shares: (k,) of the random walk.
-        title: of the figure.
         spread: range over the tensors at each component number (x from 1), if there is one.
     """
     figure = _figure(5, 3.2)
@@ -165,7 +160,7 @@ def plot_spectrum(
     axes.plot(numbers, shares, "o-", color=DOTS, markersize=4, label="trajectory")
     axes.plot(range(1, len(null_shares) + 1), null_shares, "s--", color=NULL, markersize=3.5, label="random walk")
     axes.set_yscale("log")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xticks(range(1, len(shares) + 1, max(1, len(shares) // 10)))
     positive = [value for value in (*shares, *null_shares) if value > 0]
     axes.set_ylim(max(1e-6, min(positive, default=1e-6) / 2), 1.5)
     axes.legend()
@@ -183,7 +178,6 @@ def plot_r2_by_layer(
     """A figure of each tensor by layer and module, as a heat map.
 
     Args:
-        stem: path without suffix.
         values: module name -> layer number -> value (NaN where it is not defined). Tensors outside the layers (the
             embedding, the last norm) come with layer -1 and stand in a column of their own.
         title: what the values are.
@@ -214,10 +208,8 @@ def plot_backtest(stem: Path, series: Mapping[str, Sequence[Spread]], title: str
     """Error of predicting the last observed row from a prefix, against where the prefix ends.
 
     Args:
-        stem: path without suffix.
         series: method -> the error relative to holding the prefix's last checkpoint (median and range over the tensors)
             at each last step of a prefix. Below 1 the prediction is nearer to the truth than that checkpoint.
-        title: of the figure.
     """
     figure = _figure(5.5, 3.5)
     axes = figure.subplots()
@@ -240,11 +232,9 @@ def plot_horizon(
     """Score of the candidates against the step that they predict, with their intervals.
 
     Args:
-        stem: path without suffix.
         series: method -> its scored candidates.
         baseline: the last observed checkpoint: what every candidate has to beat.
         ylabel: what the score is.
-        title: of the figure.
     """
     figure = _figure(5.5, 3.5)
     axes = figure.subplots()
@@ -274,10 +264,8 @@ def plot_alignment(
     """Predictions against true later checkpoints: cosine and norm ratio of their deltas (paper, Figure 6).
 
     Args:
-        stem: path without suffix.
         cosine: method -> mean cosine over the tensors (and range) at each true step.
         ratio: method -> |predicted delta| / |true delta|, likewise.
-        title: of the figure.
     """
     figure = _figure(8, 3.2)
     left, right = figure.subplots(1, 2)
