@@ -99,8 +99,10 @@ def _encode_chunk(old: torch.Tensor, new: torch.Tensor, start: int) -> tuple[tor
         raise ValueError("weights are not finite (NaN or infinity): the training run itself has diverged")
     change = after.double() - before.double()
     value = change.to(torch.bfloat16)
-    # A change to -0 is an exception too: x + (-x) is +0, and replaying must give back the bits.
-    regular = (value.double() == change) & (value != 0) & (after.view(torch.int16) != -(2**15))
+    # Regular is what replays to the same bits: old + value must be the new weight (float64 loses 1e-30 beside 1), and a
+    # change to -0 must be kept aside, since x + (-x) is +0.
+    replays = before.float() + value.float() == after.float()
+    regular = (value.double() == change) & replays & (value != 0) & (after.view(torch.int16) != -(2**15))
     entries, odd = position[regular], ~regular
     block_ends = (torch.arange(-(-len(new) // BLOCK), device=new.device) + 1) * BLOCK
     count = torch.searchsorted(entries, block_ends).diff(prepend=block_ends.new_zeros(1))

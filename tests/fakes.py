@@ -1,0 +1,65 @@
+"""Stand-ins for a training engine in tests of the pipeline below verl: plain tensors, cut as an engine cuts them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from relex_verl.shards import Placement, TensorShard, block_placement, whole
+
+
+def tiny_base(folder: Path, tied: bool = False, shard_size: str = "5GB", dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A real, tiny Qwen2 checkpoint."""
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=tied,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+    return folder
+
+
+class DriftingModel:
+    """Every weight drifts along a line of its own, with noise; some tensors never move. Step t is reproducible."""
+
+    def __init__(self, base: dict[str, torch.Tensor], frozen: str = "norm", rate: float = 1e-4) -> None:
+        self.base = {name: tensor.float() for name, tensor in base.items()}
+        self.frozen, self.rate = frozen, rate
+
+    def at(self, step: int) -> dict[str, torch.Tensor]:
+        """The weights after a step, float32."""
+        if step == 0:
+            return {name: tensor.clone() for name, tensor in self.base.items()}
+        weights = {}
+        for i, (name, tensor) in enumerate(self.base.items()):
+            slope = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(i))
+            noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1000 * step + i))
+            moved = 0.0 if self.frozen in name else self.rate
+            weights[name] = tensor + moved * (step * slope + 0.5 * noise)
+        return weights
+
+
+class RankSource:
+    """One rank's shards of a model: rows of 2-D tensors, every other one cut by columns; 1-D tensors are replicated."""
+
+    def __init__(self, weights: dict[str, torch.Tensor], rank: int = 0, world: int = 1) -> None:
+        self.weights, self.rank, self.world = weights, rank, world
+
+    def __iter__(self) -> Iterator[TensorShard]:
+        for i, (name, tensor) in enumerate(self.weights.items()):
+            placement = self._placement(tuple(tensor.shape), i)
+            flat = tensor.flatten()
+            parts = [flat[start : start + length] for _, start, length in placement.runs()]
+            yield TensorShard(name, tuple(tensor.shape), placement, torch.cat([flat[:0], *parts]))
+
+    def _placement(self, shape: tuple[int, ...], i: int) -> Placement:
+        if len(shape) == 1 or self.world == 1:
+            return whole(shape)
+        dim = i % 2
+        size = -(-shape[dim] // self.world)
+        start = min(self.rank * size, shape[dim])
+        length = min(size, shape[dim] - start)
+        local, offset = list(shape), [0, 0]
+        local[dim], offset[dim] = length, start
+        return block_placement(tuple(local), tuple(offset), shape)
