@@ -44,14 +44,7 @@ STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class CoefficientPanel:
-    """One tensor of the paper's Figure 4.
-
-    Attributes:
-        steps: the T real step numbers.
-        values: (T,) rank-1 coefficients c_t.
-        line: (T,) the fitted line at the steps.
-        r2: of the line; None where it is not defined.
-    """
+    """One tensor of the paper's Figure 4: T real steps, rank-1 coefficients c_t, their line at the steps, its R^2."""
 
     title: str
     steps: Sequence[float]
@@ -229,12 +222,10 @@ def plot_horizon(
     ylabel: str = "validation score",
     title: str = "",
 ) -> list[Path]:
-    """Score of the candidates against the step that they predict, with their intervals.
+    """Score of each method's candidates against the step that they predict, with their intervals.
 
     Args:
-        series: method -> its scored candidates.
         baseline: the last observed checkpoint: what every candidate has to beat.
-        ylabel: what the score is.
     """
     figure = _figure(5.5, 3.5)
     axes = figure.subplots()
