@@ -1,0 +1,60 @@
+"""`python -m study`: train and record every run, then predict, score and report. See run.sh."""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import transformers
+from rich.console import Console
+
+from study.grid import FULL, QUICK, Grid, Run
+from study.quantization import quantization_run
+from study.report import PAGE, write_report
+from study.score import planned_scores, score_run
+from study.task import load_model
+from study.train import planned_steps, train_run
+from study.workers import for_every_run
+
+
+def arguments_of() -> argparse.Namespace:
+    """What the user asked for."""
+    parser = argparse.ArgumentParser(prog="recipes/study/run.sh", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / ".cache", help="working folder")
+    parser.add_argument("--quick", action="store_true", help="a tiny grid, to see that everything runs (minutes)")
+    parser.add_argument("--keep", action="store_true", help="keep the recorded trajectories after they were scored")
+    parser.add_argument("--publish", action="store_true", help="copy the results beside RESULTS.md, fill in its tables")
+    parser.add_argument("--phase", choices=["train", "all"], default="all", help="train: stop after training")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Go through the phases; each skips what is there already."""
+    arguments = arguments_of()
+    transformers.utils.logging.disable_progress_bar()
+    grid, out = (QUICK, arguments.out / "quick") if arguments.quick else (FULL, arguments.out / "full")
+    base = arguments.out.absolute() / "base"
+    load_model(base)  # builds it
+    for_every_run("train and record", train_run, grid.runs(), (grid, base, out), planned_steps(grid))
+    if arguments.phase == "all":
+        analyse(grid, base, out, PAGE if arguments.publish else None)
+        if not arguments.keep:
+            for run in grid.runs():
+                forget(out, run)
+
+
+def analyse(grid: Grid, base: Path, out: Path, page: Path | None) -> None:
+    """Everything after training."""
+    for_every_run("predict and score", score_run, grid.runs(), (grid, base, out), planned_scores(grid))
+    yardsticks = [run for run in grid.runs() if run.seed == grid.seeds[0]]
+    for_every_run("quantisation error", quantization_run, yardsticks, (grid, out), 1)
+    Console().print(f"results: {write_report(grid, out, page)}")
+
+
+def forget(out: Path, run: Run) -> None:
+    """Delete a scored run's trajectories and weights."""
+    for name in ("trajectories", "weights"):
+        shutil.rmtree(out / run.name / name, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
