@@ -7,6 +7,7 @@ an element is an exception and keeps both its old and its new value. Nothing is 
 gives back every observed weight bit for bit.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ BLOCK = 65_536
 # Work is done over this many elements at a time: its float64 scratch (32 MiB) stays near the caches, and no temporary
 # grows with the tensor. A multiple of BLOCK.
 CHUNK = 64 * BLOCK
+WORD = 4  # bfloat16 values in an int64
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class SparseIncrement:
         return self.index.numel() + self.exception_index.numel()
 
     def chunk(self, start: int, stop: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The entries within [start, stop): positions relative to start (int64) and exact changes (float64).
+        """The entries within [start, stop): positions relative to start (int32) and exact changes (float64).
 
         Args:
             start, stop: multiples of BLOCK, or the end of the shard.
@@ -55,13 +57,13 @@ class SparseIncrement:
         before = int(self.block_count[:first].sum())
         counts = self.block_count[first:last]
         entries = slice(before, before + int(counts.sum()))
-        base = torch.arange(len(counts), device=device) * BLOCK
-        base = base.repeat_interleave(counts.to(device, torch.int64), output_size=entries.stop - entries.start)
-        position = base + (self.index[entries].to(device).to(torch.int64) & 0xFFFF)
+        base = torch.arange(len(counts), dtype=torch.int32, device=device) * BLOCK
+        position = base.repeat_interleave(counts.to(device), output_size=entries.stop - entries.start)
+        position += self.index[entries].to(device).to(torch.int32) & 0xFFFF
         change = self.value[entries].to(device).double()
         within = (self.exception_index >= start) & (self.exception_index < stop)
         if within.any():
-            position = torch.cat([position, (self.exception_index[within] - start).to(device)])
+            position = torch.cat([position, (self.exception_index[within] - start).to(device, torch.int32)])
             exact = self.exception_new[within].double() - self.exception_old[within].double()
             change = torch.cat([change, exact.to(device)])
         return position, change
@@ -93,7 +95,7 @@ def encode(old: torch.Tensor, new: torch.Tensor) -> SparseIncrement:
 
 def _encode_chunk(old: torch.Tensor, new: torch.Tensor, start: int) -> tuple[torch.Tensor, ...]:
     new = new.to(torch.bfloat16)
-    position = (old.view(torch.int16) != new.view(torch.int16)).nonzero().flatten()
+    position = _changed(old.view(torch.int16), new.contiguous().view(torch.int16))
     before, after = old[position], new[position]
     if not after.isfinite().all():
         raise ValueError("weights are not finite (NaN or infinity): the training run itself has diverged")
@@ -116,6 +118,25 @@ def _encode_chunk(old: torch.Tensor, new: torch.Tensor, start: int) -> tuple[tor
     )
 
 
+def _changed(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Ascending positions at which two int16 arrays differ. Four at a time first, since few do."""
+    words = len(new) // WORD
+    if words and old.storage_offset() % WORD == 0 and new.storage_offset() % WORD == 0:
+        ends = words * WORD
+        differing = (old[:ends].view(torch.int64) != new[:ends].view(torch.int64)).nonzero()
+        if len(differing) < words // WORD:
+            candidates = (differing * WORD + torch.arange(WORD, device=new.device)).flatten()
+            candidates = torch.cat([candidates, torch.arange(ends, len(new), device=new.device)])
+            return candidates[old[candidates] != new[candidates]]
+    return (old != new).nonzero().flatten()
+
+
+@functools.cache
+def _scratch(device: torch.device) -> torch.Tensor:
+    """(CHUNK,) float64 that is never cleared: fresh memory for every chunk would cost more than the work itself."""
+    return torch.empty(CHUNK, dtype=torch.float64, device=device)
+
+
 def dots(increments: Sequence[SparseIncrement], numel: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """The new row of H: inner products of the last increment with every one, itself included.
 
@@ -135,12 +156,18 @@ def dots(increments: Sequence[SparseIncrement], numel: int, device: torch.device
         position, change = increments[-1].chunk(start, stop, device)
         if not len(position):
             continue
-        dense = torch.zeros(stop - start, dtype=torch.float64, device=device)
+        dense = _scratch(device)
         dense[position] = change
+        now = torch.zeros(stop - start, dtype=torch.bool, device=device)
+        now[position] = True
         history = [increment.chunk(start, stop, device) for increment in increments]
-        lengths = torch.tensor([len(positions) for positions, _ in history], device=device)
-        products = dense.index_select(0, torch.cat([p for p, _ in history])) * torch.cat([c for _, c in history])
-        row_T += torch.segment_reduce(products, "sum", lengths=lengths, unsafe=True)
+        positions = torch.cat([p for p, _ in history])
+        # Few elements change in both steps: only their products are formed.
+        both = now.index_select(0, positions).nonzero().flatten()
+        products = dense[positions[both]] * torch.cat([c for _, c in history])[both]
+        ends = torch.tensor([len(p) for p, _ in history], device=device).cumsum(0)
+        lengths = torch.searchsorted(both, ends).diff(prepend=ends.new_zeros(1))
+        row_T += torch.segment_reduce(products, "sum", lengths=lengths, initial=0, unsafe=True)
     return row_T.cpu()
 
 
