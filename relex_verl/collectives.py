@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["PeerError", "all_or_nothing", "gather", "rank", "sum_over_ranks", "world_size"]
+__all__ = ["PeerError", "all_or_nothing", "gather", "merge", "rank", "sum_over_ranks", "world_size"]
 
 
 class PeerError(RuntimeError):
@@ -32,6 +32,20 @@ def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     total = tensor.to(device, copy=True)
     dist.all_reduce(total)
     return total.cpu()
+
+
+def merge(parts: torch.Tensor) -> torch.Tensor:
+    """Put a tensor together of which every rank has filled some elements and left the others 0; bits are kept.
+
+    Args:
+        parts: (n,) contiguous, of any type, on the host or the device; overwritten.
+
+    Returns:
+        The whole tensor, on each rank.
+    """
+    if world_size() > 1:
+        dist.all_reduce(parts.view(torch.uint8))  # each byte is non-zero on one rank at most
+    return parts
 
 
 def gather(item: Any) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -14,6 +15,9 @@ __all__ = ["ConfigError", "Plan", "RelexConfig"]
 
 # A dozen float32 rows predict as well as sixty (measured, README); 16 leave some for the diagnostics.
 AUTO_ROWS = 16
+
+
+METRIC = re.compile(r"val-(core|aux)/.+/[^/]+/mean@\d+")
 
 
 class ConfigError(ValueError):
@@ -29,7 +33,7 @@ class Plan:
     """A configuration resolved against the length of the run.
 
     Attributes:
-        t_cut: the step at which to fit.
+        t_cut: the step at which to fit; the next one, once a cut has not won.
         targets: steps to predict, ascending.
         observe_every: steps between two observed rows.
     """
@@ -66,6 +70,14 @@ class RelexConfig:
         fit_from: the first step that takes part in the fit; later than 1 leaves a learning-rate warm-up out.
         methods: names of extrapolators, see `relex_verl.extrapolators.METHODS`.
         rank: r, directions kept a tensor.
+        validate_targets: score the predictions in the run, on its own validation set; without it nothing is recommended.
+        score_metric: the validation metric to decide on, "val-core/<data source>/<variable>/mean@<n>"; null takes the
+            core metric of the first data source.
+        max_candidates: validations that a cut may spend on predictions, besides the one of the last observed weights.
+        confidence: level of the paired test that a prediction has to pass.
+        validation_timeout_s: seconds after which a validation counts as failed.
+        on_cut: "advise" only tells; "stop" ends the run when the advice is to stop.
+        recut_every: steps until the next cut after one that did not win; "auto" is as many as the first cut took.
         on_error: "disable" logs an error inside RELEX once and goes on training without it; "raise" stops the run.
         output_dir: where trajectory, predicted checkpoints and report go.
     """
@@ -78,6 +90,13 @@ class RelexConfig:
     fit_from: int = 1
     methods: list[str] = field(default_factory=lambda: ["relex"])
     rank: int = 1
+    validate_targets: bool = True
+    score_metric: str | None = None
+    max_candidates: int = 6
+    confidence: float = 0.95
+    validation_timeout_s: float = 3600.0
+    on_cut: str = "advise"
+    recut_every: int | str = "auto"
     on_error: str = "disable"
     output_dir: str = "${trainer.default_local_dir}/relex"
 
@@ -103,6 +122,12 @@ class RelexConfig:
         _one_of("relex.trajectory", self.trajectory, ["fp32", "bf16"])
         _one_of("relex.quantization", self.quantization, ["int8", "int4", "none"])
         _one_of("relex.on_error", self.on_error, ["disable", "raise"])
+        _one_of("relex.on_cut", self.on_cut, ["advise", "stop"])
+        self._check_when()
+        self._check_fit()
+        self._check_scoring()
+
+    def _check_when(self) -> None:
         if not _is_number(self.t_cut) or self.t_cut <= 0:
             raise ConfigError("relex.t_cut", self.t_cut, "give a share of all steps (0 to 1) or a step (1 or more)")
         if not _is_list(self.targets) or not self.targets:
@@ -114,6 +139,10 @@ class RelexConfig:
             raise ConfigError(
                 "relex.observe_every", self.observe_every, "give auto or a whole number of steps, 1 or more"
             )
+        if self.recut_every != "auto" and (not _is_whole(self.recut_every) or int(self.recut_every) < 1):
+            raise ConfigError("relex.recut_every", self.recut_every, "give auto or a whole number of steps, 1 or more")
+
+    def _check_fit(self) -> None:
         if not _is_list(self.methods) or not self.methods:
             raise ConfigError("relex.methods", self.methods, f"give a list of {', '.join(METHODS)}")
         for method in self.methods:
@@ -124,6 +153,22 @@ class RelexConfig:
             raise ConfigError("relex.fit_from", self.fit_from, "give a step, 1 for all rows")
         if not isinstance(self.output_dir, str) or not self.output_dir:
             raise ConfigError("relex.output_dir", self.output_dir, "give a folder")
+
+    def _check_scoring(self) -> None:
+        if not isinstance(self.validate_targets, bool):
+            raise ConfigError("relex.validate_targets", self.validate_targets, "give true or false")
+        if self.score_metric is not None and not METRIC.fullmatch(str(self.score_metric)):
+            cure = "give val-core/<data source>/<variable>/mean@<n>: prompts are paired by their mean over the samples"
+            raise ConfigError("relex.score_metric", self.score_metric, cure)
+        if not _is_whole(self.max_candidates) or self.max_candidates < 1:
+            raise ConfigError("relex.max_candidates", self.max_candidates, "give a whole number, 1 or more")
+        if not _is_number(self.confidence) or not 0.5 <= self.confidence < 1:
+            raise ConfigError("relex.confidence", self.confidence, "give a level from 0.5 to below 1, e.g. 0.95")
+        if not _is_number(self.validation_timeout_s) or self.validation_timeout_s <= 0:
+            raise ConfigError("relex.validation_timeout_s", self.validation_timeout_s, "give seconds, more than 0")
+        if self.on_cut == "stop" and not self.validate_targets:
+            cure = "RELEX stops a run on validation scores only: set relex.validate_targets=true"
+            raise ConfigError("relex.on_cut", self.on_cut, cure)
 
     def plan(self, total_steps: int, trajectory: str | None = None) -> Plan:
         """Resolve shares against the run.
@@ -153,6 +198,20 @@ class RelexConfig:
             cure = f"only {rows} steps are observed up to the cut: give at most {rows}"
             raise ConfigError("relex.rank", self.rank, cure)
         return plan
+
+    def next_plan(self, plan: Plan, first_cut: int, total_steps: int, trajectory: str) -> Plan | None:
+        """The plan after a cut that did not win, with all rows so far; None when the run ends before the next cut.
+
+        Rows of an "fp32" trajectory taken by "auto" become four times as rare: they cost memory, and the window grows.
+        """
+        t_cut = plan.t_cut + (first_cut if self.recut_every == "auto" else int(self.recut_every))
+        if t_cut >= total_steps:
+            return None
+        every = plan.observe_every
+        if trajectory == "fp32" and self.observe_every == "auto" and plan.t_cut == first_cut:
+            every *= 4
+        later = [target for target in plan.targets if target > t_cut]
+        return Plan(t_cut, later or [2 * t_cut], every)
 
     def _every(self, t_cut: int, trajectory: str) -> int:
         if self.observe_every != "auto":

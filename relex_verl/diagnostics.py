@@ -15,6 +15,7 @@ from relex_verl.extrapolators import METHODS, line_hat
 __all__ = [
     "Spectrum",
     "backtest_error",
+    "backtest_ratio",
     "coefficients",
     "describe",
     "direction_drift",
@@ -23,6 +24,7 @@ __all__ = [
     "random_walk_gram",
     "spectral_gap",
     "spectrum",
+    "split_half_agreement",
     "summary",
 ]
 
@@ -98,6 +100,25 @@ def direction_drift(early: Spectrum, late: Spectrum) -> torch.Tensor:
     return 1.0 - (inner_L / (early.values_LT[:, 0] * late.values_LT[:, 0]).sqrt()).abs().clamp_max(1.0)
 
 
+def split_half_agreement(gram_LTT: torch.Tensor) -> torch.Tensor:
+    """|cos| between v_1 of the first half of the rows and v_1 of the second half taken relative to the middle row; (L,).
+
+    With P the rows of the second half minus the middle row, v_a = M_a^T u_a / sigma_a and v_b = (P M)^T u_b / sigma_b.
+    NaN below 4 rows.
+    """
+    rows = gram_LTT.shape[-1]
+    if rows < 4:
+        return torch.full(gram_LTT.shape[:1], torch.nan, dtype=gram_LTT.dtype)
+    half = rows // 2
+    shift_kT = torch.eye(rows, dtype=gram_LTT.dtype)[half:]
+    shift_kT[:, half - 1] -= 1.0
+    first = spectrum(gram_LTT[:, :half, :half])
+    second = spectrum(shift_kT @ gram_LTT @ shift_kT.T)
+    cross_Lhk = gram_LTT[:, :half, :] @ shift_kT.T
+    inner_L = torch.einsum("lh,lhk,lk->l", first.vectors_LTT[..., 0], cross_Lhk, second.vectors_LTT[..., 0])
+    return (inner_L / (first.values_LT[:, 0] * second.values_LT[:, 0]).sqrt()).abs().clamp_max(1.0)
+
+
 def describe(gram_LTT: torch.Tensor, steps: Sequence[int], rank: int = 1) -> dict[str, torch.Tensor]:
     """The figures that are logged for every observed step, one value a tensor.
 
@@ -135,16 +156,16 @@ def backtest_error(
     Raises:
         ValueError: prefix is not smaller than T, or too short for the method.
     """
-    rows = gram_LTT.shape[-1]
-    if not METHODS[method].min_rows <= prefix < rows:
-        raise ValueError(f"prefix must be within {METHODS[method].min_rows}..{rows - 1} for {method}, got {prefix}")
-    gram_Lkk = gram_LTT[:, :prefix, :prefix]
-    miss_LT = torch.zeros(gram_LTT.shape[:2], dtype=gram_LTT.dtype)
-    miss_LT[:, :prefix] = METHODS[method].weights(gram_Lkk, list(steps)[:prefix], steps[-1], rank)
-    miss_LT[:, -1] -= 1.0
-    hold_LT = torch.zeros_like(miss_LT)
-    hold_LT[:, prefix - 1], hold_LT[:, -1] = 1.0, -1.0
-    return (_quadratic(gram_LTT, miss_LT) / _quadratic(gram_LTT, hold_LT)).sqrt()
+    miss_L, hold_L = _backtest(gram_LTT, steps, prefix, method, rank)
+    return (miss_L / hold_L).sqrt()
+
+
+def backtest_ratio(
+    gram_LTT: torch.Tensor, steps: Sequence[int], prefix: int, method: str = "relex", rank: int = 1
+) -> float:
+    """`backtest_error` of the whole model: the errors of all tensors added before they are compared; NaN if none moved."""
+    miss_L, hold_L = _backtest(gram_LTT, steps, prefix, method, rank)
+    return float((miss_L.sum() / hold_L.sum()).sqrt())
 
 
 def summary(values_L: torch.Tensor) -> dict[str, float]:
@@ -166,3 +187,18 @@ def _trace(gram_LTT: torch.Tensor) -> torch.Tensor:
 def _quadratic(gram_LTT: torch.Tensor, vectors_LT: torch.Tensor) -> torch.Tensor:
     """x^T G x a tensor, clipped at 0 against rounding; (L,)."""
     return torch.einsum("li,lij,lj->l", vectors_LT, gram_LTT, vectors_LT).clamp_min(0.0)
+
+
+def _backtest(
+    gram_LTT: torch.Tensor, steps: Sequence[int], prefix: int, method: str, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """|delta_hat - delta_T|^2 and |delta_prefix - delta_T|^2, each (L,)."""
+    rows = gram_LTT.shape[-1]
+    if not METHODS[method].min_rows <= prefix < rows:
+        raise ValueError(f"prefix must be within {METHODS[method].min_rows}..{rows - 1} for {method}, got {prefix}")
+    miss_LT = torch.zeros(gram_LTT.shape[:2], dtype=gram_LTT.dtype)
+    miss_LT[:, :prefix] = METHODS[method].weights(gram_LTT[:, :prefix, :prefix], list(steps)[:prefix], steps[-1], rank)
+    miss_LT[:, -1] -= 1.0
+    hold_LT = torch.zeros_like(miss_LT)
+    hold_LT[:, prefix - 1], hold_LT[:, -1] = 1.0, -1.0
+    return _quadratic(gram_LTT, miss_LT), _quadratic(gram_LTT, hold_LT)

@@ -244,8 +244,12 @@ class Observer:
         return delta_gram(self.increment_gram_LTT)
 
     def histories(self) -> Iterator[ShardHistory]:
-        """This rank's shards with all their increments."""
-        for i, (name, held) in enumerate(self.held.items()):
+        """This rank's shards with all their increments, in the order of the stacks."""
+        index = {name: i for i, name in enumerate(self.held)}
+        for name in self.shapes:
+            if name not in self.held:
+                continue
+            i, held = index[name], self.held[name]
             increments = [packed.increment(i) for packed in self.packed]
             yield ShardHistory(name, held.shape, held.placement, held.last, increments)
 
@@ -253,6 +257,38 @@ class Observer:
         """This rank's part of the predicted checkpoint, tensor by tensor."""
         names, gram_LTT = list(self.shapes), self.gram()
         return predicted_tensors(self.histories(), self.encoding, names, gram_LTT, self.steps, prediction)
+
+    def whole_tensors(self, shards: Iterator[TensorShard], device: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        """Put the ranks' shards together, one tensor at a time: what a rollout engine wants. Collective, to the end.
+
+        Args:
+            shards: this rank's, in the order of the stacks.
+            device: where the whole tensors go.
+
+        Yields:
+            Name and whole tensor, bfloat16, on each rank; a tied name follows the one that it shares its elements with.
+        """
+        shard = next(shards, None)
+        for name, shape in self.shapes.items():
+            flat = torch.zeros(torch.Size(shape).numel(), dtype=torch.bfloat16, device=device)
+            while shard is not None and shard.name == name:
+                data = shard.data.to(device, torch.bfloat16)
+                for local, full, length in shard.placement.runs():
+                    flat[full : full + length] = data[local : local + length]
+                shard = next(shards, None)
+            tensor = collectives.merge(flat).view(shape)
+            yield name, tensor
+            yield from ((alias, tensor) for alias, held in self.aliases.items() if held == name)
+
+    def observed_now(self, source: ShardSource) -> Iterator[TensorShard]:
+        """This rank's shards as the engine holds them, rounded to bfloat16, in the order of the stacks."""
+        mine = {}
+        for shard in source:
+            if shard.name in self.held:
+                mine[shard.name] = TensorShard(
+                    shard.name, shard.shape, shard.placement, shard.data.to(torch.bfloat16, copy=True)
+                )
+        return (mine[name] for name in self.shapes if name in mine)
 
     def write_prediction(self, prediction: Prediction, folder: Path, provenance: Mapping[str, Any]) -> Path:
         """Write the predicted checkpoint together: every rank puts its own elements into the shared files."""

@@ -1,5 +1,6 @@
 """Values -> flat metrics, report.json, W&B tables and artifacts. It decides nothing."""
 
+import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
@@ -9,9 +10,18 @@ from typing import Any
 
 import torch
 
-from relex_verl.diagnostics import describe, random_walk_gram, summary
+from relex_verl.diagnostics import backtest_ratio, describe, random_walk_gram, summary
+from relex_verl.extrapolators import METHODS
 
-__all__ = ["WANDB_UPLOAD_LIMIT", "fit_report", "log_to_wandb", "provenance", "step_metrics", "versions"]
+__all__ = [
+    "WANDB_UPLOAD_LIMIT",
+    "fit_report",
+    "half_backtest",
+    "log_to_wandb",
+    "provenance",
+    "step_metrics",
+    "versions",
+]
 
 WANDB_UPLOAD_LIMIT = 10**9  # bytes; larger checkpoints are logged by reference
 
@@ -42,15 +52,30 @@ def provenance(base_model: str, prediction: Any, cut: int, steps: list[int], tra
     }
 
 
-def step_metrics(figures: Mapping[str, torch.Tensor], changed_share: float, stored_bytes: int) -> dict[str, float]:
-    """The metrics of one observed step: `relex/<figure>/<mean, p10 or min>` over the tensors, and two totals.
+def half_backtest(gram_LTT: torch.Tensor, steps: Sequence[int], method: str, rank: int) -> float:
+    """Error of predicting the last row from the first half of the rows, against holding; NaN while there are too few."""
+    prefix = (len(steps) + 1) // 2
+    if prefix < METHODS[method].min_rows or prefix >= len(steps):
+        return math.nan
+    return backtest_ratio(gram_LTT, steps, prefix, method, rank)
+
+
+def step_metrics(
+    figures: Mapping[str, torch.Tensor], changed_share: float, stored_bytes: int, backtest: float
+) -> dict[str, float]:
+    """The metrics of one observed step: `relex/<figure>/<mean, p10 or min>` over the tensors, totals, and live signals.
 
     Args:
         figures: name -> one value a tensor, as `diagnostics.describe` gives them.
         changed_share: share of the weights whose bits changed.
         stored_bytes: size of the trajectory so far.
+        backtest: from `half_backtest`; `relex/ready` is 1 when it says that extrapolating beats holding.
     """
     metrics = {"relex/changed_share": changed_share, "relex/stored_bytes": float(stored_bytes)}
+    if math.isfinite(backtest):
+        metrics |= {"relex/backtest/error_vs_hold": backtest, "relex/ready": float(backtest < 1.0)}
+    if figures["drift"].isfinite().any():
+        metrics["relex/drift"] = figures["drift"].nanmean().item()
     for name, values_L in figures.items():
         metrics |= {f"relex/{name}/{statistic}": value for statistic, value in summary(values_L).items()}
     return metrics
@@ -84,27 +109,49 @@ def fit_report(
 
 
 def log_to_wandb(
-    wandb: Any, step: int, fits: Mapping[str, Any], checkpoints: Sequence[tuple[Path, Mapping[str, Any]]]
+    wandb: Any, step: int, report: Mapping[str, Any], figures: Mapping[str, Path], folders: Sequence[Path]
 ) -> None:
-    """Log the cut to the run that verl holds: a table of the tensors, and every predicted checkpoint as an artifact.
+    """Log a cut to the run that verl holds: tables, pictures, artifacts, an alert and summary fields.
 
     Args:
         wandb: verl's W&B backend, the module with an active run.
-        step: the training step, so that the table joins the step's other metrics.
-        fits: from `fit_report`.
-        checkpoints: folder and provenance of each prediction.
+        step: the training step, so that everything joins the step's other metrics.
+        report: as in report.json.
+        figures: name -> PNG file.
+        folders: the predicted checkpoints; the recommended one gets the alias "recommended".
     """
-    columns = list(fits["tensors"][0])
-    rows = [[str(row[c]) if c == "shape" else row[c] for c in columns] for row in fits["tensors"]]
-    wandb.log({"relex/tensors": wandb.Table(columns=columns, data=rows)}, step=step)
-    for folder, provenance in checkpoints:
-        name = f"{folder.name}-{wandb.run.id}"
-        artifact = wandb.Artifact(name, type="model", metadata=dict(provenance), description="RELEX prediction")
-        if sum(path.stat().st_size for path in folder.iterdir()) > WANDB_UPLOAD_LIMIT:
-            artifact.add_reference(folder.as_uri())
-        else:
-            artifact.add_dir(str(folder))
-        wandb.run.log_artifact(artifact)
+    logged: dict[str, Any] = {"relex/tensors": _wandb_table(wandb, report["fits"]["tensors"])}
+    if report["validation_scores"]:
+        rows = [{k: v for k, v in row.items() if k != "metrics"} for row in report["validation_scores"]]
+        logged["relex/candidates"] = _wandb_table(wandb, rows)
+    logged |= {f"relex/figures/{name}": wandb.Image(str(path)) for name, path in figures.items()}
+    wandb.log(logged, step=step)
+    for folder in folders:
+        _log_artifact(wandb, folder, recommended=folder.name == report["advice"]["target"])
+    advice = report["advice"]
+    wandb.run.summary["relex/advice"] = advice["action"]
+    if advice["target"] is not None:
+        wandb.run.summary["relex/recommended_path"] = report["recommended_path"]
+        wandb.run.summary["relex/steps_saved"] = report["steps_saved"]
+    wandb.run.alert(title=f"RELEX: {advice['action'].replace('_', ' ')}", text=advice["reason"])
+
+
+def _wandb_table(wandb: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
+    columns = list(rows[0])
+    cells = [[str(row[key]) if isinstance(row[key], list) else row[key] for key in columns] for row in rows]
+    return wandb.Table(columns=columns, data=cells)
+
+
+def _log_artifact(wandb: Any, folder: Path, recommended: bool) -> None:
+    metadata = json.loads((folder / "relex.json").read_text())
+    artifact = wandb.Artifact(
+        f"{folder.name}-{wandb.run.id}", type="model", metadata=metadata, description="RELEX prediction"
+    )
+    if sum(path.stat().st_size for path in folder.iterdir()) > WANDB_UPLOAD_LIMIT:
+        artifact.add_reference(folder.as_uri())
+    else:
+        artifact.add_dir(str(folder))
+    wandb.run.log_artifact(artifact, aliases=["latest", "recommended"] if recommended else ["latest"])
 
 
 def _defined(value: float) -> float | None:

@@ -8,7 +8,7 @@ import functools
 import logging
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from verl.experimental.separation.engine_workers import DetachActorWorker
 from verl.single_controller.base.decorator import Dispatch, register
+from verl.utils.device import get_device_id
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
-from relex_verl import budget, collectives, tracking
-from relex_verl.diagnostics import describe
+from relex_verl import budget, collectives, report, tracking
+from relex_verl.diagnostics import describe, split_half_agreement
 from relex_verl.encodings import encoding_name
 from relex_verl.observer import Observer, Prediction
 from relex_verl.verl_plugin.source import EngineSource, has_float32_master
@@ -80,6 +81,7 @@ class _RelexWorkerMixin:
     """The remote methods; `self.actor.engine` is verl's training engine."""
 
     actor: Any
+    config: Any
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     @_answers
@@ -117,18 +119,62 @@ class _RelexWorkerMixin:
         if collectives.rank():
             return {}
         figures = describe(*self._fitted_rows(), self._relex_setup.rank)
-        return tracking.step_metrics(figures, seen.changed_share, seen.stored_bytes)
+        live = tracking.half_backtest(*self._fitted_rows(), "relex", self._relex_setup.rank)
+        return tracking.step_metrics(figures, seen.changed_share, seen.stored_bytes, live)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     @_answers
-    def relex_fit(self) -> dict[str, Any]:
-        """Rank 0 answers with the fits of all tensors and the observed steps."""
+    def relex_fit(self, methods: list[str], targets: list[int]) -> dict[str, Any]:
+        """Rank 0 answers with the fits of all tensors, backtests, figures and the observed steps."""
         if collectives.rank():
             return {}
-        observer = self._relex
+        observer, rank = self._relex, self._relex_setup.rank
         names, shapes = list(observer.shapes), list(observer.shapes.values())
-        fits = tracking.fit_report(names, shapes, *self._fitted_rows(), self._relex_setup.rank)
-        return {"fits": fits, "steps": list(observer.steps)}
+        gram_LTT, steps = self._fitted_rows()
+        figures = describe(gram_LTT, steps, rank)
+        return {
+            "fits": tracking.fit_report(names, shapes, gram_LTT, steps, rank),
+            "steps": list(observer.steps),
+            "backtests": {method: tracking.half_backtest(gram_LTT, steps, method, rank) for method in methods},
+            "drift": figures["drift"].nanmean().item(),
+            "agreement": split_half_agreement(gram_LTT).nanmean().item(),
+            "figures": report.window_figures(
+                self._relex_setup.output_dir / "figures", names, gram_LTT, steps, targets, methods
+            ),
+        }
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @_answers
+    def relex_substitute(self, weights: Prediction | str | None) -> None:
+        """Let verl's next weight update export other weights than the actor's; None ends it.
+
+        The engine's exporter is shadowed on this one object; the actor's weights are not touched.
+
+        Args:
+            weights: a prediction, or "observed" for the actor's own, rounded to bfloat16, along the same path.
+        """
+        engine = self.actor.engine
+        vars(engine).pop("get_per_tensor_param", None)
+        if weights is None:
+            return
+        if self.config.rollout.checkpoint_engine.backend == "delta_sharded":
+            raise NotImplementedError("predictions cannot be sent by checkpoint_engine.backend=delta_sharded")
+        observer = self._relex
+
+        def export(**_: Any) -> tuple[Iterator[tuple[str, torch.Tensor]], None]:
+            if isinstance(weights, Prediction):
+                shards = observer.predicted_tensors(weights)
+            else:
+                shards = observer.observed_now(self._relex_source)
+            return observer.whole_tensors(shards, get_device_id()), None
+
+        engine.get_per_tensor_param = export
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @_answers
+    def relex_room(self, rows: int) -> None:
+        """Check that so many more rows fit into host memory."""
+        self._check_budget(self._relex_setup, rows)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     @_answers
