@@ -6,6 +6,7 @@ temporary folder beside the destination, which gets its name when all of them ar
 Format: https://huggingface.co/docs/safetensors
 """
 
+import errno
 import json
 import os
 import shutil
@@ -154,7 +155,8 @@ class CheckpointWriter:
         for file, header in self._header.items():
             with open(self.partial / file, "wb") as stream:
                 stream.write(header)
-                stream.truncate(len(header) + self._size[file])
+                stream.flush()
+                _reserve(stream.fileno(), len(header) + self._size[file])
         for name in self.base.entries:
             if name not in self._filled:
                 tensor = self.base.read(name).contiguous().flatten()
@@ -206,6 +208,16 @@ class CheckpointWriter:
         if len(self._header) > 1:
             weight_map = {name: entry.file for name, entry in self.base.entries.items()}
             write_json(self.partial / INDEX_NAME, {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map})
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Take the space now: a full disk is an OSError here, but kills the process when a mapped page is written."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(descriptor, size)
 
 
 def _header_bytes(header: Mapping[str, Any]) -> bytes:

@@ -383,11 +383,15 @@ def write_checkpoint(
         progress: called with the number of elements of each shard written.
     """
     writer = CheckpointWriter(trajectory.base(), folder, set(trajectory.names), trajectory.index.aliases, dtype)
-    writer.begin()
-    for shard in shards:
-        writer.write(shard)
-        progress(shard.placement.numel)
-    return writer.commit(provenance)
+    try:
+        writer.begin()
+        for shard in shards:
+            writer.write(shard)
+            progress(shard.placement.numel)
+        return writer.commit(provenance)
+    except BaseException:
+        shutil.rmtree(writer.partial, ignore_errors=True)  # nothing half-written stays
+        raise
 
 
 def extrapolate(trajectory: Trajectory, cut: int, prediction: Prediction) -> Iterator[TensorShard]:

@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from relex_verl.encodings import ENCODINGS, Encoding, PackedStep
+from relex_verl.encodings import ENCODINGS, Encoding, PackedStep, StoredStep
 from relex_verl.gram import append_row
 from relex_verl.hf_checkpoint import BaseCheckpoint, resolve_model, write_json
 from relex_verl.shards import Placement, TensorShard
@@ -137,7 +137,7 @@ class Trajectory:
 
     def append(self, rank: int, step: int, packed: PackedStep[Any]) -> None:
         """Write a rank's file of a step. It counts from `commit` on."""
-        _save(self._rank_folder(rank) / f"step_{step:06d}.safetensors", packed.arrays)
+        _save(self._step_file(rank, step), packed.arrays)
 
     # What rank 0 writes
 
@@ -195,11 +195,23 @@ class Trajectory:
         Raises:
             TrajectoryError: missing or damaged.
         """
-        path = self._rank_folder(rank) / f"step_{step:06d}.safetensors"
+        path = self._step_file(rank, step)
         try:
             with safe_open(path, framework="pt") as handle:
                 arrays = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
                 return PackedStep(self.encoding.increment, arrays)
+        except Exception as error:
+            raise TrajectoryError(f"{path} cannot be read: {error}") from error
+
+    def stored(self, rank: int, step: int) -> StoredStep[Any]:
+        """A rank's file of a step, of which only the increments in use are in memory.
+
+        Raises:
+            TrajectoryError: missing or damaged.
+        """
+        path = self._step_file(rank, step)
+        try:
+            return StoredStep(self.encoding.increment, path)
         except Exception as error:
             raise TrajectoryError(f"{path} cannot be read: {error}") from error
 
@@ -243,7 +255,7 @@ class Trajectory:
         steps, base = self.steps_until(cut), self.base()
         for rank in range(self.index.world_size) if ranks is None else ranks:
             placements = self.placements(rank)
-            packed = [self.load(rank, step) for step in steps]
+            packed = [self.stored(rank, step) for step in steps]
             origins = self.origin(rank, base, placements)
             for i, ((name, placement), origin) in enumerate(zip(placements.items(), origins, strict=True)):
                 increments = [one.increment(i) for one in packed]
@@ -294,13 +306,20 @@ class Trajectory:
             for (name, placement), data in zip(placements.items(), self.origin(rank, base, placements), strict=True):
                 yield TensorShard(name, tuple(self.index.tensors[name]), placement, data)
 
+    def _step_file(self, rank: int, step: int) -> Path:
+        return self._rank_folder(rank) / f"step_{step:06d}.safetensors"
+
     def _rank_folder(self, rank: int) -> Path:
         return self.folder / f"rank_{rank:05d}"
 
 
 def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk keeps no half of a file
+        raise
     os.replace(temporary, path)
 
 

@@ -13,8 +13,8 @@ PACKAGE = Path(relex_verl.__file__).parent
 FLOORS = [
     {"gram", "extrapolators", "diagnostics", "advice", "search"},
     {"config", "shards", "encodings", "trajectory", "budget", "hf_checkpoint"},
-    {"collectives", "tracking", "plots"},
-    {"observer", "cli", "baselines"},
+    {"collectives", "tracking", "plots", "report"},
+    {"observer", "ingest", "analysis", "sharing", "cli", "baselines"},
     {"verl_plugin"},
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from relex_verl.encodings import quantized, sparse
-from relex_verl.encodings.packed import PackedStep
+from relex_verl.encodings.packed import PackedStep, StoredStep
 
-__all__ = ["ENCODINGS", "Encoding", "PackedStep", "encoding_name"]
+__all__ = ["ENCODINGS", "Encoding", "PackedStep", "StoredStep", "encoding_name"]
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from safetensors import safe_open
 
-__all__ = ["PackedStep"]
+__all__ = ["PackedStep", "StoredStep"]
 
 Increment = TypeVar("Increment")
+# Bytes read from a step's file before it is mapped anew, so that its pages do not pile up in the memory of the process.
+RELEASE = 16 * 2**20
 
 
 class PackedStep(Generic[Increment]):
@@ -48,3 +52,25 @@ class PackedStep(Generic[Increment]):
     def nbytes(self) -> int:
         """Bytes in memory, and on disk but for the header."""
         return sum(array.nbytes for array in self.arrays.values())
+
+
+class StoredStep(Generic[Increment]):
+    """A step that stays in its file: like `PackedStep`, with only the pages of the last few increments in memory."""
+
+    def __init__(self, kind: type[Increment], path: Path) -> None:
+        self.kind, self.path = kind, path
+        self._mapped: PackedStep[Increment] = self._map()
+        self._read = 0
+        self.nbytes = self._mapped.nbytes
+
+    def _map(self) -> PackedStep[Increment]:
+        with safe_open(self.path, framework="pt") as handle:
+            return PackedStep(self.kind, {name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118
+
+    def increment(self, tensor: int) -> Increment:
+        """The increment of one tensor: views of the file."""
+        if self._read > RELEASE:
+            self._mapped, self._read = self._map(), 0
+        increment = self._mapped.increment(tensor)
+        self._read += sum(getattr(increment, field.name).nbytes for field in fields(self.kind))  # type: ignore[arg-type]
+        return increment
