@@ -1,8 +1,7 @@
-"""A generation server for tiny models: collects requests, decodes them in batches of a fixed size.
+"""A generation server for tiny models: collects requests, decodes them in batches.
 
-What a request gets back depends on the weights, its prompt and its seed alone. Requests are decoded
-together only with others of the same prompt length (so no padding enters the arithmetic) and always in
-batches of `BATCH_ROWS` rows (so the matrix kernels are always the same ones).
+What a request gets back depends on the weights, its prompt and its seed alone: see `decoding.py`.
+Requests are decoded together with others of the same prompt length, so that no padding enters the arithmetic.
 """
 
 import asyncio
@@ -34,10 +33,9 @@ class GenerationServer:
 
     def __init__(self, model_path: str, dtype: str, max_tokens: int):
         torch.set_num_threads(os.cpu_count() or 1)
-        # Weights are rounded to the dtype that verl would serve; the arithmetic is float32, which is
-        # faster than bfloat16 on most CPUs and the same on all of them up to rounding.
+        # Weights are rounded to the dtype that verl would serve; the arithmetic is float64.
         self.weight_dtype = PrecisionType.to_dtype(dtype)
-        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64).eval()
         self.stop_ids = _stop_ids(model_path)
         self.max_tokens = max_tokens
         self.global_steps: int | None = None
@@ -51,7 +49,7 @@ class GenerationServer:
         return True
 
     async def load_weights(self, named_tensors: dict[str, torch.Tensor], global_steps: int | None) -> None:
-        state = {name: tensor.to(self.weight_dtype).float() for name, tensor in named_tensors.items()}
+        state = {name: tensor.to(self.weight_dtype).double() for name, tensor in named_tensors.items()}
         missing, unexpected = self.model.load_state_dict(state, strict=False)
         # A tied output layer has no tensor of its own in some exporters.
         if unexpected or set(missing) - {"lm_head.weight"}:

@@ -1,0 +1,56 @@
+"""What a run left on disk, scored, as a table."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+from schedule import Schedule
+
+PREDICTED = re.compile(r"(?P<method>.+)-step_(?P<step>\d+)")
+
+
+@dataclass
+class Checkpoint:
+    """A Hugging Face checkpoint and where it comes from."""
+
+    origin: str
+    step: int
+    folder: Path
+    accuracy: float | None = None
+
+
+def predicted(out: Path) -> list[Checkpoint]:
+    """All predicted checkpoints of the run, by method and step."""
+    found = []
+    for folder in (out / "relex" / "predicted").glob("*-step_*"):
+        match = PREDICTED.fullmatch(folder.name)
+        if match and (folder / "config.json").exists():
+            found.append(Checkpoint(f"predicted ({match['method']})", int(match["step"]), folder))
+    return sorted(found, key=lambda one: (one.origin, one.step))
+
+
+def trained(out: Path, schedule: Schedule) -> list[Checkpoint]:
+    """The checkpoint that real training ended with, if it went on beyond the cut."""
+    folder = out / "checkpoints" / f"global_step_{schedule.steps}" / "actor" / "huggingface"
+    return [Checkpoint("trained", schedule.steps, folder)] if schedule.full and folder.exists() else []
+
+
+def table(checkpoints: list[Checkpoint], real_run: dict[int, float]) -> Table:
+    """Accuracy by checkpoint; with scores of the real run at the same steps, they stand beside it."""
+    result = Table(title="Greedy accuracy on the validation set")
+    result.add_column("weights")
+    result.add_column("step", justify="right")
+    result.add_column("accuracy", justify="right")
+    compare = any(one.step in real_run for one in checkpoints if one.origin.startswith("predicted"))
+    if compare:
+        result.add_column("real run at that step", justify="right")
+    result.add_column("folder", overflow="fold")
+    best = max(one.accuracy or 0.0 for one in checkpoints)
+    for one in checkpoints:
+        score = "-" if one.accuracy is None else f"{one.accuracy:.3f}"
+        row = [one.origin, str(one.step), f"[bold green]{score}[/]" if one.accuracy == best else score]
+        if compare:
+            row.append(f"{real_run[one.step]:.3f}" if one.step in real_run else "-")
+        result.add_row(*row, str(one.folder))
+    return result
