@@ -26,6 +26,7 @@ def check_all(rank):
     """Everything that needs a second process, in one start: starting processes is what costs here."""
     check_sums(rank)
     check_gathers(rank)
+    check_merges(rank)
     check_nobody_failed(rank)
     for failing in range(RANKS):
         check_one_failed(rank, failing)
@@ -55,6 +56,18 @@ def check_gathers(rank):
         {"rank": 1, "names": ["a"]},
     ]
     assert collectives.gather(None) == [None, None]
+
+
+def check_merges(rank):
+    """Bits are kept: -0.0, a NaN's payload, all ones."""
+    for dtype in (torch.bfloat16, torch.float32):
+        whole = torch.tensor([-0.0, 1.5, float("nan"), -3e38, 0.0, 1e-40], dtype=torch.float64).to(dtype)
+        whole.view(torch.uint8)[-2:] = 255
+        mine = torch.zeros_like(whole)
+        mine[rank::RANKS] = whole[rank::RANKS]
+        merged = collectives.merge(mine)
+        assert merged.dtype == dtype
+        assert torch.equal(merged.view(torch.uint8), whole.view(torch.uint8))
 
 
 def check_nobody_failed(rank):
@@ -90,6 +103,7 @@ def test_one_rank_needs_no_group():
     mine = torch.tensor([1.5], dtype=torch.float64)
     assert collectives.sum_over_ranks(mine).tolist() == [1.5]
     assert collectives.gather("mine") == ["mine"]
+    assert collectives.merge(mine).tolist() == [1.5]
     assert collectives.all_or_nothing(None) is None
     with pytest.raises(KeyError, match="mine"):
         collectives.all_or_nothing(KeyError("mine"))

@@ -54,6 +54,13 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(key, value, hint):
         ("fit_from", [-1, 1.5, "1", None, True, INFINITY]),
         ("on_error", ["ignore", None, True]),
         ("output_dir", ["", None, 7]),
+        ("validate_targets", ["true", 1, None]),
+        ("score_metric", ["accuracy", "", "val-core/math", "val-core/math/acc/best@4", "val-core/math/acc/mean@4x", 3]),
+        ("max_candidates", [0, 1.5, "6", None, INFINITY]),
+        ("confidence", [0.4, 1, 1.0, "0.95", None, NAN]),
+        ("validation_timeout_s", [0, -1, "60", None, NAN]),
+        ("on_cut", ["jump!", None, False]),
+        ("recut_every", [0, 1.5, "20", None, NAN]),
     ],
 )
 def test_a_value_that_cannot_work_is_refused_by_name(key, values):
@@ -73,12 +80,22 @@ def test_a_value_that_cannot_work_is_refused_by_name(key, values):
         ("observe_every", ["auto", 1, 5, 5.0]),
         ("methods", [["relex"], list(METHODS)]),
         ("on_error", ["disable", "raise"]),
+        ("on_cut", ["advise", "stop"]),
+        ("recut_every", ["auto", 20]),
+        ("confidence", [0.5, 0.95]),
+        ("score_metric", [None, "val-core/openai/gsm8k/acc/mean@1", "val-aux/math/reward/mean@8"]),
     ],
 )
 def test_a_value_that_can_work_is_kept(key, values):
     for value in values:
         kept = getattr(RelexConfig.from_mapping({key: value}), key)
         assert kept == (list(value) if isinstance(value, tuple) else value)
+
+
+def test_a_run_is_not_stopped_without_scores():
+    with pytest.raises(ConfigError, match=r"set relex\.validate_targets=true") as caught:
+        RelexConfig.from_mapping({"on_cut": "stop", "validate_targets": False})
+    assert caught.value.key == "relex.on_cut"
 
 
 @pytest.mark.xfail(strict=True, reason="rank=2.0 passes the check and stays a float, which slices no tensor")
@@ -147,6 +164,24 @@ def test_rows_are_every_nth_step_and_always_the_cut(t_cut, every, first):
     assert observed == sorted({*range(every, t_cut + 1, every), t_cut})
     assert plan.rows == len(observed)
     assert plan.rows_from(first) == sum(step >= first for step in observed)
+
+
+def test_the_next_cut_is_as_far_again_and_rare_rows_are_thinned_once():
+    config = RelexConfig(t_cut=32, targets=[50, 64, 100, 400])
+    first = config.plan(500, "fp32")
+    second = config.next_plan(first, 32, 500, "fp32")
+    third = config.next_plan(second, 32, 500, "fp32")
+    assert first == Plan(32, [50, 64, 100, 400], 2)
+    assert second == Plan(64, [100, 400], 8)
+    assert third == Plan(96, [100, 400], 8)
+    assert config.next_plan(Plan(32, [50], 1), 32, 500, "bf16") == Plan(64, [128], 1)
+
+
+@pytest.mark.parametrize(("total", "t_cut"), [(72, None), (73, 72), (500, 72)])
+def test_there_is_no_next_cut_at_the_end_of_the_run(total, t_cut):
+    config = RelexConfig(t_cut=32, recut_every=40, observe_every=3)
+    plan = config.next_plan(Plan(32, [500], 3), 32, total, "fp32")
+    assert plan == (None if t_cut is None else Plan(t_cut, [500], 3))
 
 
 @settings(deadline=None, max_examples=60)

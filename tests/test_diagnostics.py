@@ -7,6 +7,7 @@ from oracle import PREDICTIONS, Dense, increments_of, trajectories
 
 from relex_verl.diagnostics import (
     backtest_error,
+    backtest_ratio,
     coefficients,
     describe,
     direction_drift,
@@ -15,6 +16,7 @@ from relex_verl.diagnostics import (
     random_walk_gram,
     spectral_gap,
     spectrum,
+    split_half_agreement,
     summary,
 )
 from relex_verl.extrapolators import METHODS
@@ -77,6 +79,29 @@ def test_drift_refuses_an_early_prefix_that_is_the_longer_one():
         direction_drift(spectrum(random_walk_gram(STEPS)), spectrum(random_walk_gram(STEPS[:5])))
 
 
+@settings(deadline=None, max_examples=50)
+@given(trajectories(min_rows=4, kinds=MOVING))
+def test_agreement_is_the_cosine_between_the_dense_directions_of_two_halves(dense):
+    half = len(dense.steps) // 2
+    for got, deltas in zip(split_half_agreement(torch.tensor(dense.gram)), dense.deltas, strict=True):
+        halves = deltas[:half], deltas[half:] - deltas[half - 1]
+        assume(all(well_separated(part) for part in halves))
+        cosine = first_direction(halves[0]) @ first_direction(halves[1])
+        assert got.item() == pytest.approx(abs(cosine), abs=1e-8)
+
+
+def test_agreement_is_one_on_a_line_none_on_a_walk_and_undefined_without_two_halves():
+    line = np.outer(STEPS, np.random.default_rng(0).standard_normal(20))
+    stopped = np.minimum(np.arange(6), 2)[:, None] * line[:1]
+    straight = torch.tensor(np.stack([line @ line.T, stopped @ stopped.T]))
+    agreement_L = split_half_agreement(torch.cat([straight, random_walk_gram(STEPS), ZERO]))
+    assert agreement_L[0].item() == pytest.approx(1.0)
+    assert agreement_L[1].isnan()
+    assert agreement_L[2].item() == pytest.approx(0.0, abs=1e-9)
+    assert agreement_L[3].isnan()
+    assert split_half_agreement(random_walk_gram(STEPS[:3])).isnan().all()
+
+
 @pytest.mark.parametrize("method", METHODS)
 @settings(deadline=None, max_examples=15)
 @given(data=st.data())
@@ -105,6 +130,18 @@ def test_backtest_uses_the_rank_and_holding_scores_one():
     raw = backtest_error(gram_LTT, STEPS, 4, "raw-ols").item()
     assert backtest_error(gram_LTT, STEPS, 4, "relex", rank=4).item() == pytest.approx(raw)
     assert backtest_error(gram_LTT, STEPS, 4, "relex", rank=1).item() != pytest.approx(raw, rel=1e-3)
+
+
+def test_the_ratio_is_the_error_of_all_tensors_as_one():
+    rng = np.random.default_rng(1)
+    increments = [increments_of("line", rng, 6, 30), 5 * increments_of("walk", rng, 6, 40), np.zeros((6, 4))]
+    deltas = np.cumsum(np.concatenate(increments, axis=1), axis=0)
+    parts = np.split(deltas, [30, 70], axis=1)
+    predicted = np.concatenate([PREDICTIONS["relex"](part[:4], STEPS[:4], STEPS[-1], 2) for part in parts])
+    expected = np.linalg.norm(predicted - deltas[-1]) / np.linalg.norm(deltas[3] - deltas[-1])
+    gram_LTT = torch.tensor(Dense(STEPS, increments).gram)
+    assert backtest_ratio(gram_LTT, STEPS, 4, "relex", rank=2) == pytest.approx(expected)
+    assert np.isnan(backtest_ratio(ZERO, STEPS, 4))
 
 
 @pytest.mark.parametrize(("method", "prefix"), [("relex", 1), ("relex", 6), ("hold", 0), ("poly", 3), ("relex", 7)])

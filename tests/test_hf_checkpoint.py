@@ -112,6 +112,9 @@ def test_layout_is_that_of_the_base(base, tmp_path):
     assert not (folder / "relex.json").exists()
     for file in {entry.file for entry in again.entries.values()}:
         assert load_file(folder / file)  # safetensors' own reader finds no fault
+        assert (
+            int.from_bytes((folder / file).read_bytes()[:8], "little") % 8 == 0
+        )  # the header, so that data is aligned
 
 
 @pytest.mark.parametrize("seed", range(4))
