@@ -8,7 +8,17 @@ import psutil
 
 from relex_verl.encodings import Encoding
 
-__all__ = ["ASSUMED_CHANGE_RATE", "Budget", "BudgetError", "available_memory", "budget", "check_disk", "check_memory"]
+__all__ = [
+    "ASSUMED_CHANGE_RATE",
+    "Budget",
+    "BudgetError",
+    "Traffic",
+    "available_memory",
+    "budget",
+    "check_disk",
+    "check_memory",
+    "traffic",
+]
 
 # Share of the bf16 weights that change from one RL step to the next: 0.5-3 % as published for RL of language models
 # (verl's delta-sync measurements; PULSE, arXiv:2602.03839), so that 3 % is on the safe side.
@@ -65,10 +75,21 @@ def available_memory() -> int:
     available = psutil.virtual_memory().available
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit == "max":
+            return available
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-        return available if limit == "max" else min(available, int(limit) - used)
+        return min(available, int(limit) - used + _file_cache())
     except (OSError, ValueError):  # not a cgroup-v2 host
         return available
+
+
+def _file_cache() -> int:
+    """Bytes of cached files: they count as used until somebody wants the memory."""
+    try:
+        lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))
 
 
 def check_memory(need: int, available: int, ranks: int) -> None:
@@ -103,3 +124,32 @@ def check_disk(need: Budget, folder: Path) -> None:
 
 def _gib(size: float) -> str:
     return f"{size / 2**30:.1f} GiB"
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that one rank moves.
+
+    Attributes:
+        observe: memory read at the last observed step (the most of any): weights, the row before, and all rows so far.
+        append: disk, written at every observed step.
+        predict: memory read and written for one prediction at the cut.
+    """
+
+    observe: int
+    append: int
+    predict: int
+
+
+def traffic(encoding: Encoding, rank_elements: int, rows: int, change_rate: float = ASSUMED_CHANGE_RATE) -> Traffic:
+    """Estimate what a rank moves; divide by a bandwidth for a time.
+
+    Args:
+        encoding: how increments are kept.
+        rank_elements: parameters in one rank's shards.
+        rows: observed steps up to the cut.
+        change_rate: share of the bf16 weights that change from row to row.
+    """
+    row = rank_elements * encoding.row_bytes(change_rate)
+    state = rank_elements * encoding.state_bytes
+    return Traffic(round(2 * state + rows * row), round(row), round(state + rows * row + 2 * rank_elements))

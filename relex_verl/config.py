@@ -4,7 +4,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,8 @@ class RelexConfig:
         values: dict[str, Any] = {key: list(value) if _is_list(value) else value for key, value in node.items()}
         config = cls(**values)
         config._check()
-        return config
+        whole = {key: int(getattr(config, key)) for key in ("rank", "fit_from", "max_candidates")}
+        return replace(config, **whole)  # type: ignore[arg-type]  # 2.0 is a whole number, but no index
 
     def _check(self) -> None:
         _one_of("relex.trajectory", self.trajectory, ["fp32", "bf16"])
@@ -147,6 +148,8 @@ class RelexConfig:
             raise ConfigError("relex.methods", self.methods, f"give a list of {', '.join(METHODS)}")
         for method in self.methods:
             _one_of("relex.methods", method, list(METHODS))
+        if len(set(self.methods)) < len(self.methods):
+            raise ConfigError("relex.methods", self.methods, "name each method once")
         if not _is_whole(self.rank) or self.rank < 1:
             raise ConfigError("relex.rank", self.rank, "give a whole number, 1 or more (the paper uses 1)")
         if not _is_whole(self.fit_from) or self.fit_from < 0:

@@ -7,8 +7,8 @@ Every predictor here is linear in the observed deltas of its own tensor,
 so a method is a function that returns `a`, one row a tensor, and needs no weights: only the Gram matrix G = M M^T (L, T, T)
 and the real step numbers. With G = U S^2 U^T, the paper's v_1 = M^T u_1 / s_1 and c = M v_1 = s_1 u_1, the RELEX
 prediction c_hat v_1 (Algorithm 2) becomes a = u_1 u_1^T l with l the hat vector of the least-squares line at the target:
-no division by a singular value, no sign to choose, no singular vector in memory. Tensors that never moved (trace 0) get
-a = 0, which predicts the base.
+no division by a singular value, no sign to choose, no singular vector in memory. A tensor that never moved (trace 0) has no
+direction: its projections are 0, and whatever a is, it predicts the base.
 """
 
 from collections.abc import Callable, Sequence

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,7 +26,10 @@ __all__ = ["BaseCheckpoint", "CheckpointWriter", "resolve_model", "write_json"]
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
-ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+ITEM_SIZE = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8, "BOOL": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
+}  # fmt: skip
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -160,22 +163,24 @@ class CheckpointWriter:
         for name in self.base.entries:
             if name not in self._filled:
                 tensor = self.base.read(name).contiguous().flatten()
-                self._view(name)[:] = tensor.view(torch.uint8).numpy()
+                self._put(name, [(0, tensor.view(torch.uint8).numpy())])
         for source in self.base.folder.iterdir():
-            if source.is_file() and not source.name.endswith(WEIGHT_SUFFIXES):
+            if source.is_file() and not source.name.endswith(WEIGHT_SUFFIXES) and source.name != "relex.json":
                 shutil.copy(source, self.partial / source.name)
         _declare_dtype(self.partial / "config.json", self.dtype)
         self._write_index()
 
     def write(self, shard: TensorShard) -> None:
         """Put a shard's elements into their places; tied names get theirs too."""
-        content = shard.data.to(self.dtype).contiguous().view(torch.uint8).numpy()
+        content = shard.data.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
         item = self.dtype.itemsize
+        pieces = [
+            (item * full, content[item * local : item * (local + length)])
+            for local, full, length in shard.placement.runs()
+        ]
         for name in self._targets[shard.name]:
             if name in self.base.entries:
-                view = self._view(name)
-                for local, full, length in shard.placement.runs():
-                    view[item * full : item * (full + length)] = content[item * local : item * (local + length)]
+                self._put(name, pieces)
 
     def commit(self, provenance: Mapping[str, Any] | None = None) -> Path:
         """Add `relex.json`, flush, and give the folder its name.
@@ -188,8 +193,12 @@ class CheckpointWriter:
         for path in self.partial.iterdir():
             with open(path, "rb") as stream:
                 os.fsync(stream.fileno())
-        shutil.rmtree(self.folder, ignore_errors=True)
+        replaced = self.folder.with_name(f".{self.folder.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        if self.folder.exists():
+            os.replace(self.folder, replaced)
         os.replace(self.partial, self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
         return self.folder
 
     @property
@@ -197,15 +206,20 @@ class CheckpointWriter:
         """Bytes of the weights once written."""
         return sum(self._size.values())
 
-    def _view(self, name: str) -> np.ndarray:
-        file, (start, end) = self.base.entries[name].file, self._range[name]
-        if start == end:
-            return np.empty(0, dtype=np.uint8)
-        offset = len(self._header[file]) + start
-        return np.memmap(self.partial / file, dtype=np.uint8, mode="r+", offset=offset, shape=(end - start,))
+    def _put(self, name: str, pieces: Sequence[tuple[int, np.ndarray]]) -> None:
+        """Write (byte offset in the tensor, bytes). By pwrite, not through a map: another rank's bytes on the same page
+        of a shared file system must not be written back with ours."""
+        file = self.base.entries[name].file
+        start = len(self._header[file]) + self._range[name][0]
+        with open(self.partial / file, "r+b", buffering=0) as stream:
+            for offset, content in pieces:
+                view = memoryview(content.data)
+                while len(view):
+                    written = os.pwrite(stream.fileno(), view, start + offset)
+                    view, offset = view[written:], offset + written
 
     def _write_index(self) -> None:
-        if len(self._header) > 1:
+        if list(self._header) != ["model.safetensors"]:  # any other layout is found through its index only
             weight_map = {name: entry.file for name, entry in self.base.entries.items()}
             write_json(self.partial / INDEX_NAME, {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map})
 
@@ -231,6 +245,8 @@ def _declare_dtype(config: Path, dtype: torch.dtype) -> None:
     if not config.exists():
         return
     content = json.loads(config.read_text())
-    changed = {key: str(dtype).removeprefix("torch.") for key in ("dtype", "torch_dtype") if key in content}
-    if changed:
-        write_json(config, {**content, **changed})
+    for part in (content, *(value for value in content.values() if isinstance(value, dict))):
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(part.get(key), str):
+                part[key] = str(dtype).removeprefix("torch.")
+    write_json(config, content)

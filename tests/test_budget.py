@@ -59,7 +59,6 @@ def test_available_memory_is_the_less_of_machine_and_container(monkeypatch, file
     assert available_memory() == expected
 
 
-@pytest.mark.xfail(strict=True, reason="memory.current counts the page cache, which the kernel gives back on demand")
 def test_file_cache_does_not_count_as_used(monkeypatch):
     stat = f"anon {2 * GIB}\nfile {6 * GIB}\ninactive_file {5 * GIB}\nactive_file {GIB}\n"
     files = {"memory.max": f"{8 * GIB}\n", "memory.current": f"{8 * GIB}\n", "memory.stat": stat}

@@ -98,7 +98,6 @@ def test_a_run_is_not_stopped_without_scores():
     assert caught.value.key == "relex.on_cut"
 
 
-@pytest.mark.xfail(strict=True, reason="rank=2.0 passes the check and stays a float, which slices no tensor")
 def test_a_whole_number_written_as_a_float_is_an_int_afterwards():
     assert type(RelexConfig.from_mapping({"rank": 2.0}).rank) is int
 

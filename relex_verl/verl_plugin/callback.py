@@ -299,7 +299,7 @@ class RelexCallback:
             "validation_scores": verdict.rows(step),
             "advice": asdict(verdict.advice),
             "recommended_path": str(self.config.folder / "recommended") if won else None,
-            "steps_saved": max(0, self._total_steps - step) if won else 0,
+            "steps_saved": max(self._total_steps, verdict.winner.target) - step if verdict.winner is not None else 0,
             "earlier_cuts": self._earlier,
             "versions": tracking.versions(),
         }

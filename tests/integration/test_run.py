@@ -1,0 +1,179 @@
+"""verl's real trainer with RELEX on, FSDP1 and FSDP2, 1 and 2 ranks: right numbers, and a training that never notices."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from harness import BASE, Run, checkout, load, relex_verl, run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from relex_verl.gram import delta_gram
+from relex_verl.trajectory import Trajectory
+
+pytestmark = [pytest.mark.trainer, pytest.mark.timeout(1200)]
+
+STEPS, CUT, TARGETS = 6, 4, [6, 12]
+RELEX = [
+    f"relex.t_cut={CUT}",
+    f"relex.targets={TARGETS}",
+    "relex.max_candidates=2",
+    "relex.score_metric=val-core/addition/acc/mean@1",
+]
+SAVE = ["actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]", f"trainer.save_freq={CUT}"]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Without RELEX, FSDP1 on one rank, validated at the cut."""
+    return run(tmp_path_factory.mktemp("plain"), STEPS, relex=None, extra=[f"trainer.test_freq={CUT}"])
+
+
+@pytest.fixture(scope="module")
+def observed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same with RELEX on: bf16 rows, predictions scored at the cut, two more steps after it."""
+    extra = [*SAVE, f"trainer.test_freq={CUT}"]
+    return run(tmp_path_factory.mktemp("bf16"), STEPS, relex=[*RELEX, "relex.trajectory=bf16"], extra=extra)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """FSDP1 and FSDP2 on two ranks, up to the cut."""
+    relex = [*RELEX, "relex.trajectory=bf16", "relex.validate_targets=false"]
+    return {
+        strategy: run(tmp_path_factory.mktemp(strategy), CUT, strategy=strategy, ranks=2, relex=relex, extra=SAVE)
+        for strategy in ("fsdp", "fsdp2")
+    }
+
+
+@pytest.fixture(scope="module")
+def master(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """FSDP2 on one rank with the defaults: float32 master weights."""
+    relex = [*RELEX, "relex.observe_every=1", "relex.validate_targets=false"]
+    return run(tmp_path_factory.mktemp("fp32"), CUT, strategy="fsdp2", relex=relex, extra=SAVE)
+
+
+def dense_svd_prediction(
+    states: list[dict[str, torch.Tensor]], steps: list[int], target: int
+) -> dict[str, torch.Tensor]:
+    """Paper, Algorithm 2, over the checkouts of all observed steps, in float64."""
+    predicted = {}
+    for name, origin in states[0].items():
+        deltas = torch.stack([(state[name].double() - origin.double()).flatten() for state in states[1:]])
+        left, sigma, right = torch.linalg.svd(deltas, full_matrices=False)
+        times = torch.tensor(steps, dtype=torch.float64)
+        design = torch.stack([times, torch.ones_like(times)], 1)
+        slope, intercept = torch.linalg.lstsq(design, (left[:, 0] * sigma[0]).unsqueeze(1)).solution.flatten()
+        predicted[name] = (origin.double() + ((slope * target + intercept) * right[0]).view_as(origin)).bfloat16()
+    return predicted
+
+
+def check_against_dense(finished: Run) -> None:
+    assert finished.code == 0, finished.log[-3000:]
+    trajectory = Trajectory(finished.out / "relex" / "trajectory")
+    assert trajectory.steps == list(range(1, CUT + 1))
+    states = [checkout(finished, step) for step in range(CUT + 1)]
+    gram = delta_gram(trajectory.increment_gram())
+    for i, name in enumerate(trajectory.names):
+        deltas = torch.stack([(s[name].double() - states[0][name].double()).flatten() for s in states[1:]])
+        expected = deltas @ deltas.T
+        torch.testing.assert_close(gram[i], expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max()))
+    for target in TARGETS:
+        expected_weights = dense_svd_prediction(states, trajectory.steps, target)
+        written = load(finished.out / "relex" / "predicted" / f"relex-step_{target}")
+        assert written.keys() == expected_weights.keys()
+        wrong = sum(int((written[name] != expected_weights[name]).sum()) for name in written)
+        assert wrong <= 1e-5 * sum(tensor.numel() for tensor in written.values())
+
+
+def check_checkout_is_verls_export(finished: Run) -> None:
+    export = load(finished.out / "checkpoints" / f"global_step_{CUT}" / "actor" / "huggingface")
+    ours = checkout(finished, CUT)
+    assert ours.keys() == export.keys()
+    for name, tensor in export.items():
+        assert torch.equal(ours[name].view(torch.int16), tensor.to(torch.bfloat16).view(torch.int16)), name
+
+
+def test_training_is_not_disturbed(plain: Run, observed: Run) -> None:
+    """Same seeds: the same rewards, losses and gradient norms, to the last bit, also after the scoring at the cut."""
+    assert plain.code == 0, plain.log[-3000:]
+    assert observed.code == 0, observed.log[-3000:]
+    assert sorted(plain.trained()) == list(range(1, STEPS + 1))
+    assert plain.trained() == observed.trained()
+    assert {"actor/grad_norm", "critic/score/mean"} <= plain.trained()[STEPS].keys()
+    validated = {s: {k: v for k, v in m.items() if k.startswith("val-")} for s, m in plain.metrics.items()}
+    assert any(validated.values())
+    assert validated == {s: {k: v for k, v in m.items() if k.startswith("val-")} for s, m in observed.metrics.items()}
+
+
+def test_fsdp1_one_rank(observed: Run) -> None:
+    check_against_dense(observed)
+    check_checkout_is_verls_export(observed)
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_two_ranks(two_ranks: dict[str, Run], strategy: str) -> None:
+    check_against_dense(two_ranks[strategy])
+    check_checkout_is_verls_export(two_ranks[strategy])
+
+
+def test_master_weights(master: Run) -> None:
+    """The float32 reconstruction is within its bound of verl's own float32 export."""
+    assert master.code == 0, master.log[-3000:]
+    export = load(master.out / "checkpoints" / f"global_step_{CUT}" / "actor" / "huggingface")
+    ours = checkout(master, CUT)
+    bound = json.loads((master.out / f"checkout-{CUT}" / "relex.json").read_text())["max_error"]
+    assert 0 < bound < 1e-5
+    for name, tensor in export.items():
+        assert tensor.dtype == ours[name].dtype == torch.float32
+        rounding = 2**-23 * float(tensor.abs().max())
+        assert float((ours[name] - tensor).abs().max()) <= bound + rounding
+
+
+def test_predicted_checkpoints_are_usable_and_repeatable(observed: Run, tmp_path: Path) -> None:
+    """transformers loads them; the command line gives the same bits from the trajectory alone."""
+    trajectory = str(observed.out / "relex" / "trajectory")
+    arguments = ["--t-cut", str(CUT), "--target", ",".join(map(str, TARGETS)), "--out", str(tmp_path)]
+    relex_verl("extrapolate", trajectory, *arguments)
+    for target in TARGETS:
+        online = observed.out / "relex" / "predicted" / f"relex-step_{target}"
+        model = AutoModelForCausalLM.from_pretrained(online)
+        assert model.dtype == torch.bfloat16
+        assert AutoTokenizer.from_pretrained(online).eos_token == AutoTokenizer.from_pretrained(BASE).eos_token
+        offline = tmp_path / f"relex-step_{target}"
+        assert (online / "model.safetensors").read_bytes() == (offline / "model.safetensors").read_bytes()
+        said = json.loads((online / "relex.json").read_text())
+        assert said["observed_steps"] == [1, 2, 3, 4]
+        assert {"base_model", "method", "rank", "t_cut", "target", "trajectory", "versions"} <= said.keys()
+
+
+def test_metrics_and_report(observed: Run) -> None:
+    logged = observed.metrics
+    for step in range(1, CUT + 1):
+        assert 0 < logged[step]["relex/changed_share"] < 1
+        assert logged[step]["timing_s/relex"] > 0
+    at_cut = logged[CUT]
+    for figure in ("explained_variance", "line_r2", "drift"):
+        assert {f"relex/{figure}/{statistic}" for statistic in ("mean", "p10", "min")} <= at_cut.keys()
+    assert at_cut["relex/stored_bytes"] > logged[1]["relex/stored_bytes"]
+    assert {"relex/backtest/error_vs_hold", "relex/ready", "relex/drift"} <= at_cut.keys()
+    assert not any(name.startswith("relex/changed") for name in logged[STEPS])
+    report = observed.report()
+    assert report["fits"]["random_walk_null"]["explained_variance"] > 0.8
+    assert {row["tensor"] for row in report["fits"]["tensors"]} == set(load(BASE))
+    assert report["advice"]["action"] in ("stop", "keep_training")
+    assert "data:image/png;base64," in (observed.out / "relex" / "report.html").read_text()
+
+
+def test_scores_are_verls_own(plain: Run, observed: Run) -> None:
+    """The last observed weights along the predicted-weights path score exactly what verl's validation gives them."""
+    held, *candidates = observed.report()["validation_scores"]
+    metric = "val-core/addition/acc/mean@1"
+    assert held["name"] == f"observed-step_{CUT}"
+    assert held["score"] == plain.metrics[CUT][metric] == observed.metrics[CUT][metric]
+    assert 1 <= len(candidates) <= 2
+    for row in candidates:
+        assert observed.metrics[CUT][f"relex/val/{row['name']}/{metric}"] == row["score"]
+        kept = json.loads((observed.out / "relex" / "scores" / f"{row['name']}.json").read_text())
+        assert len(kept) == row["prompts"]
+        assert sum(kept.values()) / len(kept) == pytest.approx(row["score"], abs=1e-6)
