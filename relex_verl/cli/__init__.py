@@ -1,0 +1,32 @@
+"""`relex-verl`: record finished runs, look into trajectories, predict checkpoints. No GPU, no verl, no Ray.
+
+Commands stand in files by topic; each is a thin face of a function below `cli`.
+"""
+
+import typer
+
+from relex_verl.baselines.commands import baseline_app
+from relex_verl.cli import planning, publishing, recording, stored, studies
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    help="Look into the trajectory that RELEX recorded of a GRPO run, and predict checkpoints from it. "
+    "A run that is already finished becomes a trajectory with `relex-verl ingest`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+app.command()(recording.ingest)
+app.command()(stored.info)
+app.command()(stored.checkout)
+app.command()(stored.extrapolate)
+app.command()(stored.reconstruct)
+app.command()(studies.diagnose)
+app.command()(studies.compare)
+app.command()(studies.backtest)
+app.command()(studies.sweep)
+app.command()(planning.plan)
+app.command()(publishing.push)
+app.add_typer(baseline_app, name="baseline")

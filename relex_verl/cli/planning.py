@@ -1,0 +1,92 @@
+"""`relex-verl plan`: what following a run will cost, before a GPU is rented."""
+
+from math import ceil
+from typing import Annotated, Any
+
+import typer
+
+from relex_verl.budget import budget, traffic
+from relex_verl.cli.common import AsJson, clear_errors, console, print_json
+from relex_verl.config import RelexConfig
+from relex_verl.encodings import ENCODINGS, encoding_name
+
+__all__ = ["plan"]
+
+GB = 10**9
+
+
+def plan(
+    params: Annotated[float, typer.Option(help="Parameters of the model, e.g. 8e9.")],
+    t_cut: Annotated[int, typer.Option(min=1, help="The step at which to fit.")],
+    ranks: Annotated[int, typer.Option(min=1, help="Training ranks (GPUs), all nodes together.")] = 8,
+    ranks_per_node: Annotated[int, typer.Option(min=1, help="Of these, how many on one node.")] = 8,
+    trajectory: Annotated[str, typer.Option(help="fp32 or bf16, as relex.trajectory.")] = "fp32",
+    quantization: Annotated[str, typer.Option(help="int8, int4 or none, as relex.quantization.")] = "int8",
+    observe_every: Annotated[str, typer.Option(help="auto or a number of steps, as relex.observe_every.")] = "auto",
+    change_rate: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the bf16 weights that change a step; RL: 0.005 to 0.03.")
+    ] = 0.01,
+    targets: Annotated[int, typer.Option(min=0, help="Predicted checkpoints to write.")] = 1,
+    bandwidth_memory: Annotated[float, typer.Option(min=0.001, help="Host memory of a node, GB/s.")] = 200.0,
+    bandwidth_disk: Annotated[float, typer.Option(min=0.001, help="Disk of a node, GB/s.")] = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """Memory, disk and time of following a run, from its size alone.
+
+    Times are bytes divided by the bandwidths that you give: a lower bound for host memory and disk. On GPUs the increments
+    are computed on the device.
+    """
+    with clear_errors():
+        if not params >= 1:
+            raise ValueError(f"--params {params:g}: give the number of parameters, e.g. 8e9")
+        every: int | str = observe_every
+        if observe_every != "auto":
+            if not observe_every.isdigit() or int(observe_every) < 1:
+                raise ValueError(f"--observe-every {observe_every}: give auto or a whole number of steps, 1 or more")
+            every = int(observe_every)
+        node = {"t_cut": t_cut, "trajectory": trajectory, "quantization": quantization, "observe_every": every}
+        resolved = RelexConfig.from_mapping(node).plan(t_cut + 1)
+    facts = _estimate(round(params), ranks, min(ranks, ranks_per_node), node, resolved, change_rate, targets)
+    per_node = min(ranks, ranks_per_node)
+    seconds = {
+        "seconds_an_observed_step": facts["bytes_read_a_step_a_rank"] * per_node / (bandwidth_memory * GB)
+        + facts["bytes_written_a_step"] / ceil(ranks / per_node) / (bandwidth_disk * GB),
+        "seconds_a_prediction": facts["bytes_moved_a_prediction_a_rank"] * per_node / (bandwidth_memory * GB)
+        + 2 * params / (bandwidth_disk * GB),
+    }
+    if as_json:
+        print_json({**facts, **seconds})
+        return
+    for key, value in {**facts, **seconds}.items():
+        console.print(f"[bold]{key.replace('_', ' ')}[/]: {_shown(key, value)}", highlight=False)
+
+
+def _estimate(
+    params: int, ranks: int, per_node: int, node: dict[str, Any], resolved: Any, change_rate: float, targets: int
+) -> dict[str, Any]:
+    encoding = ENCODINGS[encoding_name(node["trajectory"], node["quantization"])]
+    mine = ceil(params / ranks)
+    # Between two rows at most as many weights change as in all steps between them.
+    rate = min(1.0, change_rate * resolved.observe_every)
+    need = budget(encoding, mine, params, resolved.rows, targets, rate)
+    moved = traffic(encoding, mine, resolved.rows, rate)
+    return {
+        "observed_steps": resolved.rows,
+        "observe_every": resolved.observe_every,
+        "memory_a_rank": need.memory,
+        "memory_a_node": need.memory * per_node,
+        "bytes_a_parameter": round(need.memory / mine, 2),
+        "disk_trajectory": need.trajectory,
+        "disk_predictions": need.predictions,
+        "bytes_read_a_step_a_rank": moved.observe,
+        "bytes_written_a_step": moved.append * ranks,
+        "bytes_moved_a_prediction_a_rank": moved.predict,
+    }
+
+
+def _shown(key: str, value: float) -> str:
+    if key.startswith("seconds"):
+        return f"{value:.2f} s"
+    if key.startswith(("memory", "disk", "bytes_read", "bytes_written", "bytes_moved")):
+        return f"{value / GB:.2f} GB"
+    return f"{value:g}"

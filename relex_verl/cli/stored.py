@@ -1,0 +1,152 @@
+"""From a trajectory on disk: what it holds, observed checkpoints, predicted ones, rank-r reconstructions."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from relex_verl import analysis, observer, tracking
+from relex_verl.cli.common import (
+    AsJson,
+    OutFolder,
+    Rank,
+    TrajectoryFolder,
+    clear_errors,
+    console,
+    element_bar,
+    methods_of,
+    print_json,
+    steps_of,
+    table_of,
+)
+from relex_verl.diagnostics import describe, random_walk_gram, summary
+from relex_verl.extrapolators import METHODS
+from relex_verl.gram import delta_gram
+from relex_verl.observer import Prediction, write_checkpoint
+from relex_verl.trajectory import Trajectory, step_ranges
+
+__all__ = ["checkout", "extrapolate", "info", "reconstruct"]
+
+
+def info(trajectory: TrajectoryFolder, as_json: AsJson = False) -> None:
+    """Show what a trajectory holds and how straight it is, beside what a pure random walk would show."""
+    with clear_errors():
+        opened = Trajectory(trajectory)
+        steps = opened.steps_until(None)
+        gram_LTT = delta_gram(opened.increment_gram())
+        figures = {name: summary(values) for name, values in describe(gram_LTT, steps).items()}
+        null = {name: values.item() for name, values in describe(random_walk_gram(steps), steps).items()}
+        size = sum(path.stat().st_size for path in trajectory.rglob("*") if path.is_file())
+    facts: dict[str, Any] = {
+        "base model": opened.index.base_model,
+        "trajectory": opened.index.encoding,
+        "observed steps": step_ranges(steps),
+        "ranks": opened.index.world_size,
+        "tensors": len(opened.names),
+        "bytes": size,
+        "run": opened.index.run,
+    }
+    if as_json:
+        print_json({**facts, "steps": steps, "figures": figures, "random_walk": null})
+        return
+    for key, value in facts.items():
+        console.print(f"[bold]{key}[/]: {value}", highlight=False)
+    rows = [
+        {
+            "": name.replace("_", " "),
+            **{key: values.get(key) for key in ("mean", "p10", "min")},
+            "random walk": null[name],
+        }
+        for name, values in figures.items()
+    ]
+    console.print(table_of("over the tensors", rows))
+
+
+def checkout(
+    trajectory: TrajectoryFolder,
+    step: Annotated[int, typer.Option(help="An observed step, or 0 for the origin.")],
+    out: OutFolder,
+    as_json: AsJson = False,
+) -> None:
+    """Give back the Hugging Face checkpoint of an observed step.
+
+    From a bf16 trajectory: bit for bit as verl held it. From an fp32 trajectory: the float32 reconstruction, with the
+    bound of its error printed.
+    """
+    with clear_errors():
+        opened = Trajectory(trajectory)
+        error = opened.error_bound(step)
+        provenance = {"base_model": opened.index.base_model, "step": step, "max_error": error}
+        provenance |= {"trajectory": str(trajectory), "versions": tracking.versions()}
+        with element_bar(opened, f"step {step}") as advance:
+            write_checkpoint(opened, opened.states(step), out, provenance, opened.encoding.dtype, advance)
+    if as_json:
+        print_json({"step": step, "path": str(out), "max_error": error})
+        return
+    exact = "bit for bit" if error == 0 else f"float32, each weight within {error:.1e}"
+    console.print(f"step {step} ({exact}): {out}", highlight=False)
+
+
+def extrapolate(
+    trajectory: TrajectoryFolder,
+    t_cut: Annotated[int, typer.Option(help="Fit on the observed steps up to this one.")],
+    target: Annotated[str, typer.Option(help="Steps to predict, separated by commas.")],
+    out: OutFolder,
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}, or several with commas.")] = "relex",
+    rank: Rank = 1,
+    fit_from: Annotated[int, typer.Option(min=0, help="First step that takes part in the fit.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Predict checkpoints from the steps up to a cut, from the trajectory alone: OUT/<method>-step_<N>/.
+
+    A good fit does not mean a good checkpoint: score each against the last observed one before you use it.
+    """
+    written = []
+    with clear_errors():
+        opened = Trajectory(trajectory)
+        steps = opened.steps_until(t_cut)
+        targets = steps_of(target, "--target")
+        if targets[0] <= t_cut:
+            raise ValueError(f"--target {targets[0]} is not after --t-cut {t_cut}: give later steps, or cut earlier")
+        for one in methods_of(method):
+            for step in targets:
+                prediction = Prediction(one, step, rank, fit_from)
+                provenance = tracking.provenance(opened.index.base_model, prediction, t_cut, steps, trajectory)
+                folder = out / prediction.folder_name
+                out.mkdir(parents=True, exist_ok=True)
+                with element_bar(opened, prediction.folder_name) as advance:
+                    shards = observer.extrapolate(opened, t_cut, prediction)
+                    write_checkpoint(opened, shards, folder, provenance, progress=advance)
+                written.append({"path": str(folder), "method": one, "rank": rank, "t_cut": t_cut, "target": step})
+                if not as_json:
+                    console.print(f"{prediction.folder_name}: {folder}", highlight=False, soft_wrap=True)
+    if as_json:
+        print_json({"predictions": written})
+
+
+def reconstruct(
+    trajectory: TrajectoryFolder,
+    step: Annotated[int, typer.Option(help="An observed step.")],
+    out: OutFolder,
+    rank: Rank = 1,
+    t_cut: Annotated[int | None, typer.Option(help="Take the directions from the steps up to this one.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rank-r reconstruction of an observed checkpoint (Algorithm 1 of the paper).
+
+    Replaces every tensor's trajectory by its top R directions and writes the checkpoint of STEP as they give it. If it
+    scores like the checkpoint itself, those directions hold what the run learned.
+    """
+    with clear_errors():
+        opened = Trajectory(trajectory)
+        observed = opened.steps_until(t_cut)
+        provenance = {"base_model": opened.index.base_model, "method": "reconstruction", "rank": rank, "step": step}
+        provenance |= {"t_cut": observed[-1], "target": step, "observed_steps": observed}
+        provenance |= {"trajectory": str(trajectory), "versions": tracking.versions()}
+        with element_bar(opened, f"rank {rank}, step {step}") as advance:
+            shards = analysis.reconstruct(opened, step, rank, t_cut)
+            write_checkpoint(opened, shards, Path(out), provenance, progress=advance)
+    if as_json:
+        print_json({"path": str(out), "rank": rank, "step": step})
+        return
+    console.print(f"step {step} at rank {rank}: {out}", highlight=False, soft_wrap=True)
