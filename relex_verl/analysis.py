@@ -55,9 +55,11 @@ def reconstruct(trajectory: Trajectory, step: int, rank: int, cut: int | None = 
         raise TrajectoryError(f"--step {step} is not among the {len(steps)} observed steps {steps[0]} to {steps[-1]}")
     weights_LT = reconstruction_weights(delta_gram(trajectory.increment_gram(cut)), steps.index(step), rank)
     coefficients = dict(zip(trajectory.names, increment_coefficients(weights_LT).tolist(), strict=True))
-    for history in trajectory.histories(cut):
-        data = trajectory.encoding.accumulate(history.last, history.increments, coefficients[history.name])
-        yield TensorShard(history.name, history.shape, history.placement, data)
+    accumulate = trajectory.encoding.accumulate
+    return (
+        TensorShard(one.name, one.shape, one.placement, accumulate(one.last, one.increments, coefficients[one.name]))
+        for one in trajectory.histories(cut)
+    )
 
 
 def backtests(
@@ -151,7 +153,10 @@ def compare(
         }
         with checkpoint.opened(allow_pickle) as folder:
             sums = _inner_products(trajectory, cut, fits, open_checkpoint(folder), progress)
-        found += [_alignment(method, checkpoint.step, torch.tensor(rows)) for method, rows in sums.items()]
+        found += [
+            _alignment(method, checkpoint.step, torch.tensor(rows, dtype=torch.float64))
+            for method, rows in sums.items()
+        ]
     return found
 
 

@@ -43,9 +43,9 @@ def write_run(root, steps=STEPS, dtype=torch.bfloat16, inside=".", **base):
     return start, root / "run"
 
 
-def run(root, out="trajectory", steps=None, options=Options(), **more):
+def run(root, out="trajectory", steps=None, options=None, **more):
     found = select_steps(find_checkpoints(root / "run"), steps)
-    return ingest(str(root / "base"), found, "the run", root / out, options, **more)
+    return ingest(str(root / "base"), found, "the run", root / out, options or Options(), **more)
 
 
 def predicted(trajectory, target=40):

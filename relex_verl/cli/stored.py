@@ -143,8 +143,8 @@ def reconstruct(
         provenance = {"base_model": opened.index.base_model, "method": "reconstruction", "rank": rank, "step": step}
         provenance |= {"t_cut": observed[-1], "target": step, "observed_steps": observed}
         provenance |= {"trajectory": str(trajectory), "versions": tracking.versions()}
+        shards = analysis.reconstruct(opened, step, rank, t_cut)
         with element_bar(opened, f"rank {rank}, step {step}") as advance:
-            shards = analysis.reconstruct(opened, step, rank, t_cut)
             write_checkpoint(opened, shards, Path(out), provenance, progress=advance)
     if as_json:
         print_json({"path": str(out), "rank": rank, "step": step})
