@@ -61,6 +61,9 @@ class StoredStep(Generic[Increment]):
         self.kind, self.path = kind, path
         self._mapped: PackedStep[Increment] = self._map()
         self._read = 0
+        names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+        item = torch.tensor([self._mapped.arrays[name].itemsize for name in names])
+        self._bytes: list[int] = (self._mapped.arrays["sizes"] * item).sum(1).tolist()
         self.nbytes = self._mapped.nbytes
 
     def _map(self) -> PackedStep[Increment]:
@@ -72,5 +75,5 @@ class StoredStep(Generic[Increment]):
         if self._read > RELEASE:
             self._mapped, self._read = self._map(), 0
         increment = self._mapped.increment(tensor)
-        self._read += sum(getattr(increment, field.name).nbytes for field in fields(self.kind))  # type: ignore[arg-type]
+        self._read += self._bytes[tensor]
         return increment

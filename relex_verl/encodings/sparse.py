@@ -53,20 +53,33 @@ class SparseIncrement:
             start, stop: multiples of BLOCK, or the end of the shard.
             device: where to put them.
         """
-        first, last = start // BLOCK, -(-stop // BLOCK)
-        before = int(self.block_count[:first].sum())
-        counts = self.block_count[first:last]
-        entries = slice(before, before + int(counts.sum()))
+        counts, entries = self._within(start, stop)
         base = torch.arange(len(counts), dtype=torch.int32, device=device) * BLOCK
         position = base.repeat_interleave(counts.to(device), output_size=entries.stop - entries.start)
         position += self.index[entries].to(device).to(torch.int32) & 0xFFFF
         change = self.value[entries].to(device).double()
-        within = (self.exception_index >= start) & (self.exception_index < stop)
-        if within.any():
-            position = torch.cat([position, (self.exception_index[within] - start).to(device, torch.int32)])
-            exact = self.exception_new[within].double() - self.exception_old[within].double()
+        odd, exact = self._exceptions(start, stop)
+        if odd.numel():
+            position = torch.cat([position, odd.to(device)])
             change = torch.cat([change, exact.to(device)])
         return position, change
+
+    def _within(self, start: int, stop: int) -> tuple[torch.Tensor, slice]:
+        """Regular entries of each block within [start, stop), and where they stand."""
+        first, last = start // BLOCK, -(-stop // BLOCK)
+        if first == 0 and last == self.block_count.numel():
+            return self.block_count, slice(0, self.index.numel())
+        counts = self.block_count[first:last]
+        before = int(self.block_count[:first].sum())
+        return counts, slice(before, before + int(counts.sum()))
+
+    def _exceptions(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Exceptions within [start, stop): positions relative to start (int32), exact changes (float64)."""
+        if not self.exception_index.numel():
+            return self.exception_index.int(), self.exception_new.double()
+        within = (self.exception_index >= start) & (self.exception_index < stop)
+        exact = self.exception_new[within].double() - self.exception_old[within].double()
+        return (self.exception_index[within] - start).int(), exact
 
 
 def _chunks(numel: int) -> Iterator[tuple[int, int]]:
@@ -160,15 +173,40 @@ def dots(increments: Sequence[SparseIncrement], numel: int, device: torch.device
         dense[position] = change
         now = torch.zeros(stop - start, dtype=torch.bool, device=device)
         now[position] = True
-        history = [increment.chunk(start, stop, device) for increment in increments]
-        positions = torch.cat([p for p, _ in history])
         # Few elements change in both steps: only their products are formed.
-        both = now.index_select(0, positions).nonzero().flatten()
-        products = dense[positions[both]] * torch.cat([c for _, c in history])[both]
-        ends = torch.tensor([len(p) for p, _ in history], device=device).cumsum(0)
-        lengths = torch.searchsorted(both, ends).diff(prepend=ends.new_zeros(1))
-        row_T += torch.segment_reduce(products, "sum", lengths=lengths, initial=0, unsafe=True)
+        step, positions, changes = _in_both(increments, now, start, stop)
+        lengths = torch.bincount(step, minlength=len(increments))
+        row_T += torch.segment_reduce(dense[positions] * changes, "sum", lengths=lengths, initial=0, unsafe=True)
     return row_T.cpu()
+
+
+def _in_both(
+    increments: Sequence[SparseIncrement], now: torch.Tensor, start: int, stop: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The entries within [start, stop) of all increments at positions where `now` is true, increment by increment.
+
+    Returns:
+        Number of the increment, position relative to start, exact change; regular entries before exceptions.
+    """
+    device = now.device
+    parts = [increment._within(start, stop) for increment in increments]
+    counts = torch.cat([count for count, _ in parts]).to(device)
+    index = torch.cat([one.index[entries] for one, (_, entries) in zip(increments, parts, strict=True)]).to(device)
+    base = torch.arange(len(parts[0][0]), dtype=torch.int32, device=device).repeat(len(parts)) * BLOCK
+    position = base.repeat_interleave(counts, output_size=len(index)) + (index.to(torch.int32) & 0xFFFF)
+    hit = now.index_select(0, position).nonzero().flatten()
+    value = torch.cat([one.value[entries] for one, (_, entries) in zip(increments, parts, strict=True)]).to(device)
+    ends = torch.tensor([entries.stop - entries.start for _, entries in parts], device=device).cumsum(0)
+    step = torch.searchsorted(ends, hit, right=True)
+    odd = [one._exceptions(start, stop) for one in increments]
+    odd_position = torch.cat([one for one, _ in odd]).to(device)
+    odd_hit = now.index_select(0, odd_position).nonzero().flatten()
+    odd_ends = torch.tensor([one.numel() for one, _ in odd], device=device).cumsum(0)
+    step = torch.cat([step, torch.searchsorted(odd_ends, odd_hit, right=True)])
+    step, order = step.sort(stable=True)
+    position = torch.cat([position[hit], odd_position[odd_hit]])[order]
+    change = torch.cat([value[hit].double(), torch.cat([exact for _, exact in odd]).to(device)[odd_hit]])[order]
+    return step, position, change
 
 
 def accumulate(
