@@ -40,6 +40,9 @@ def panels(grid: Grid, path: Path, label: str, draw: Callable[[Axes, int, float]
         for rate, axes in zip(rates, row, strict=True):
             draw(axes, cut, rate)
             axes.set_xscale("log")
+            ticks = [cut, *grid.targets[cut]]
+            axes.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=7)
+            axes.minorticks_off()
             axes.set_title(f"learning rate {rate:g}, prefix of {cut} steps", fontsize=9)
             axes.axvline(grid.steps, color="0.8", linewidth=0.8, zorder=0)
             axes.set_xlabel("target step")

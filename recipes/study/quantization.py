@@ -51,7 +51,7 @@ def _compressed(grid: Grid, cut: int) -> dict[str, int]:
 def _errors(prefix: Prefix, exact: Prefix, grid: Grid, name: str, spacing: int) -> list[Row]:
     """All methods from all rows to the end of the run; then relex from fewer rows, target and relative horizon fixed."""
     exact, end, all_rows = exact.chosen_rows(prefix.steps), grid.steps, len(prefix.steps)
-    asked = [(all_rows, method, end) for method in METHODS] + [(all_rows, "relex", grid.targets[prefix.steps[-1]][-1])]
+    asked = [(all_rows, method, end) for method in METHODS]
     for rows in [round(share * all_rows) for share in SHARES]:
         proportional = round(prefix.steps[rows - 1] * end / prefix.steps[-1])
         asked += [(rows, "relex", target) for target in (end, proportional) if (rows, "relex", target) not in asked]

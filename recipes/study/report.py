@@ -9,7 +9,7 @@ import pandas as pd
 from study.grid import Grid
 from study.plots import FIGURES
 from study.score import write_csv
-from study.tables import TABLES, quantization_table
+from study.tables import TABLES, growth_table, quantization_table
 from study.train import read_record
 
 PAGE = Path(__file__).parent / "RESULTS.md"
@@ -56,7 +56,8 @@ def write_report(grid: Grid, out: Path, page: Path | None) -> Path:
     collect(grid, out, "quantization.csv", folder / "quantization.csv")
     runs, predictions = pd.read_csv(folder / "runs.csv"), pd.read_csv(folder / "predictions.csv")
     tables = {name: table(grid, runs, predictions) for name, table in TABLES.items()}
-    tables["quantization"] = quantization_table(pd.read_csv(folder / "quantization.csv"))
+    quantization = pd.read_csv(folder / "quantization.csv")
+    tables["quantization"], tables["growth"] = quantization_table(quantization), growth_table(quantization)
     (folder / "tables.md").write_text("\n\n".join(f"## {name}\n\n{table}" for name, table in tables.items()) + "\n")
     for name, figure in FIGURES.items():
         figure(grid, runs, predictions, folder / f"{name}.png")

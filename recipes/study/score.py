@@ -33,8 +33,9 @@ Row = dict[str, float | int | str]
 
 
 def wanted_predictions(arm: Arm, grid: Grid, cut: int) -> list[Wanted]:
-    """(method, target) of all predictions of an arm."""
-    return [(method, target) for method in arm.methods for target in grid.targets[cut]]
+    """(method, target) of all predictions of an arm; the arm with a row each step only shows that a dozen are as good."""
+    targets = grid.targets[cut] if arm.every_target else (grid.steps,)
+    return [(method, target) for method in arm.methods for target in targets]
 
 
 def planned_scores(grid: Grid) -> int:
@@ -69,7 +70,7 @@ def score_prefix(
     trajectory = Trajectory(folder / "trajectories" / arm.trajectory(cut))
     prefix = load_prefix(trajectory, cut)
     predicted = predicted_deltas(prefix, wanted)
-    checked = ("relex", grid.targets[cut][-1])
+    checked = ("relex", wanted[-1][1])
     scores: dict[Wanted, Row] = {}
     for k, (method, target) in enumerate(wanted):
         guess = [delta_Kn[k] for delta_Kn in predicted]

@@ -118,18 +118,28 @@ def geometry(rows: pd.DataFrame) -> str:
 
 
 def horizon_table(grid: Grid, runs: pd.DataFrame, predictions: pd.DataFrame) -> str:
-    """fp32 predictions minus the last observed checkpoint, in points of accuracy, over all learning rates and seeds."""
+    """fp32 predictions minus the last observed checkpoint, in points of accuracy: ± over seeds."""
+    methods = [one for one in METHODS if one not in ONE_TARGET]
+    header = ["prefix", "learning rate", "target", "rate x target", "real run", *methods]
     rows = []
-    horizons = {cut: list(grid.targets[cut]) for cut in grid.cuts}
-    header = ["prefix", "method", *(f"target {i + 1}" for i in range(len(horizons[grid.cuts[0]])))]
     for cut in grid.cuts:
         own = predictions[(predictions.cut == cut) & (predictions.trajectory == "fp32")]
         held = pick(own, method="hold", target=grid.steps).accuracy
-        rows.append([str(cut), "(target)", *(f"{one} ({one / cut:.1f} x)" for one in horizons[cut])])
-        for method in [one for one in METHODS if one not in ONE_TARGET]:
-            gains = [pick(own, method=method, target=target).accuracy - held for target in horizons[cut]]
-            rows.append([str(cut), method, *(f"{100 * g.mean():+.1f} (worst {100 * g.min():+.1f})" for g in gains)])
+        for rate in grid.learning_rates:
+            for target in grid.targets[cut]:
+                reached = [at_step(runs, target), *(pick(own, method=one, target=target).accuracy for one in methods)]
+                named_target = f"{target} ({target / cut:.1f} x)"
+                cells = [points(one, held, rate) for one in reached]
+                rows.append([str(cut), f"{rate:g}", named_target, f"{rate * target:.1e}", *cells])
     return markdown(header, rows)
+
+
+def points(reached: pd.Series, held: pd.Series, rate: float) -> str:
+    """Difference of a learning rate in points, or a dash where nothing reached the target."""
+    if rate not in reached.index:
+        return "-"
+    gains = 100 * (reached - held).loc[rate]
+    return f"{gains.mean():+.1f} ± {gains.std():.1f}" if len(gains) > 1 else f"{gains.mean():+.1f}"
 
 
 def searched_table(grid: Grid, runs: pd.DataFrame, predictions: pd.DataFrame) -> str:
@@ -177,25 +187,39 @@ def rows_table(grid: Grid, runs: pd.DataFrame, predictions: pd.DataFrame) -> str
 
 
 def quantization_table(quantization: pd.DataFrame) -> str:
-    """Errors against uncompressed increments of the same rows: the largest over the learning rates."""
+    """Errors of predictions of the run's end from all rows: the largest over the learning rates."""
+    own = quantization[quantization.target == quantization.target[quantization.rows.idxmax()]]
+    own = own[own.rows == own.groupby(["encoding", "spacing"]).rows.transform("max")]
+    header = ["encoding", "rows", "method", "error relative to the predicted weights", "to the predicted delta"]
+    header += ["to the delta, worst tensor"]
+    rows = []
+    for (encoding, spacing, count, method), group in own.groupby(["encoding", "spacing", "rows", "method"], sort=False):
+        errors = group[["error_of_weights", "error_of_delta", "worst_tensor_error_of_delta"]].max()
+        every = "every step" if spacing == 1 else f"every {spacing} steps"
+        rows.append([encoding, f"{count}, {every}", method, *(f"{one:.1e}" for one in errors)])
+    return markdown(header, rows)
+
+
+def growth_table(quantization: pd.DataFrame) -> str:
+    """How relex's error goes with T: the largest over the learning rates, for the run's end and at a fixed ratio."""
+    own = quantization[quantization.method == "relex"]
+    end = own.target[own.rows.idxmax()]
     header = [
         "encoding",
-        "rows",
-        "method",
+        "rows T",
+        "last row at step",
         "target",
-        "prediction: of its weights",
-        "of its delta",
-        "worst tensor's delta",
+        "of the weights",
+        "of the delta",
+        "of the last state's delta",
     ]
-    header += ["last observed state, of its delta"]
     rows = []
-    keys = ["encoding", "spacing", "rows", "method", "target"]
-    for (encoding, spacing, count, method, target), group in quantization.groupby(keys, sort=False):
-        errors = group[
-            ["error_of_weights", "error_of_delta", "worst_tensor_error_of_delta", "error_of_last_state"]
-        ].max()
+    keys = ["encoding", "spacing", "rows", "target"]
+    for (encoding, spacing, count, target), group in own.sort_values(keys).groupby(keys):
+        errors = group[["error_of_weights", "error_of_delta", "error_of_last_state"]].max()
+        said = f"{target} (end)" if target == end else str(target)
         every = "every step" if spacing == 1 else f"every {spacing} steps"
-        rows.append([encoding, f"{count}, {every}", method, str(target), *(f"{one:.1e}" for one in errors)])
+        rows.append([f"{encoding}, {every}", str(count), str(count * spacing), said, *(f"{one:.1e}" for one in errors)])
     return markdown(header, rows)
 
 
