@@ -133,7 +133,8 @@ def compare(
 ) -> list[Alignment]:
     """Predict each true checkpoint's step from the steps up to the cut, and measure direction and length of the deltas.
 
-    The predictions are what `extrapolate` writes, bfloat16. One checkpoint and one tensor at a time.
+    The predictions are taken before they are rounded to bfloat16, which would drown a small delta. One checkpoint and one
+    tensor at a time.
 
     Args:
         trajectory: of one rank folder or several.
@@ -178,8 +179,8 @@ def _inner_products(
         start, i = origin.data.double(), position[history.name]
         true_delta = truth.read(history.name, history.placement).double() - start
         for method, coefficients_LT in fits.items():
-            predicted = trajectory.encoding.accumulate(history.last, history.increments, coefficients_LT[i])
-            delta = predicted.double() - start
+            fit = (history.last, history.increments, coefficients_LT[i])
+            delta = trajectory.encoding.accumulate(*fit, torch.float64) - start
             products = (delta @ true_delta, delta @ delta, true_delta @ true_delta)
             sums[method][i] = [old + float(new) for old, new in zip(sums[method][i], products, strict=True)]
         progress(history.placement.numel)

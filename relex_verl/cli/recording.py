@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from relex_verl.cli.common import AsJson, clear_errors, console, print_json, step_bar
-from relex_verl.ingest import IngestError, Options, find_checkpoints, find_revisions, select_steps
+from relex_verl.ingest import Found, IngestError, Options, find_checkpoints, find_revisions, select_steps
 from relex_verl.ingest import ingest as ingest_checkpoints
 from relex_verl.observer import Observation
 from relex_verl.trajectory import step_ranges
@@ -42,12 +42,7 @@ def ingest(
     the last step. Then: info, diagnose, extrapolate.
     """
     with clear_errors():
-        if (checkpoints is None) == (hub is None):
-            raise IngestError("give either --checkpoints FOLDER or --hub REPO")
-        if checkpoints is not None:
-            found, source = find_checkpoints(checkpoints), str(checkpoints.resolve())
-        else:
-            found, source = find_revisions(str(hub), revisions), f"hub:{hub}"
+        found, source = _find(checkpoints, hub, revisions)
         found = select_steps(found, steps)
         options = Options(trajectory, quantization, allow_pickle, any_base)
         changed: dict[int, float] = {}
@@ -66,3 +61,12 @@ def ingest(
     added = f"{len(changed)} added" if len(changed) < len(recorded.steps) else "all new"
     said = f"steps {step_ranges(recorded.steps)} ({added}), {recorded.index.encoding}: {out}"
     console.print(said, highlight=False, soft_wrap=True)
+
+
+def _find(checkpoints: Path | None, hub: str | None, revisions: str) -> tuple[list[Found], str]:
+    """The checkpoints, and what to call the place they are in."""
+    if checkpoints is not None and hub is None:
+        return find_checkpoints(checkpoints), str(checkpoints.resolve())
+    if hub is not None and checkpoints is None:
+        return find_revisions(hub, revisions), f"hub:{hub}"
+    raise IngestError("give either --checkpoints FOLDER or --hub REPO")

@@ -150,25 +150,29 @@ def dots(increments: Sequence[QuantizedIncrement], numel: int, device: torch.dev
 
 
 def accumulate(
-    last: torch.Tensor, increments: Sequence[QuantizedIncrement], coefficients: Sequence[float]
+    last: torch.Tensor,
+    increments: Sequence[QuantizedIncrement],
+    coefficients: Sequence[float],
+    dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """theta_last + sum_t (w_t - 1) e_t in float64, rounded to bfloat16.
+    """theta_last + sum_t (w_t - 1) e_t in float64, rounded once.
 
     Args:
         last: (n,) float32, the reconstruction at the last observed row.
         increments: e_1 .. e_T.
         coefficients: w_t - 1 for each of them.
+        dtype: to round to.
 
     Returns:
-        (n,) bfloat16 on the host, the predicted weights.
+        (n,) of that dtype on the host, the predicted weights.
     """
-    predicted = torch.empty(last.shape, dtype=torch.bfloat16)
+    predicted = torch.empty(last.shape, dtype=dtype)
     for start, stop in _chunks(len(last)):
         total = last[start:stop].cpu().double()
         for increment, coefficient in zip(increments, coefficients, strict=True):
             if coefficient:
                 total += coefficient * increment.change(start, stop)
-        predicted[start:stop] = total.to(torch.bfloat16)
+        predicted[start:stop] = total.to(dtype)
     return predicted
 
 

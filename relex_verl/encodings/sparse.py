@@ -210,25 +210,29 @@ def _in_both(
 
 
 def accumulate(
-    last: torch.Tensor, increments: Sequence[SparseIncrement], coefficients: Sequence[float]
+    last: torch.Tensor,
+    increments: Sequence[SparseIncrement],
+    coefficients: Sequence[float],
+    dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """theta_last + sum_t (w_t - 1) e_t in float64, rounded once to bfloat16.
+    """theta_last + sum_t (w_t - 1) e_t in float64, rounded once.
 
     Args:
         last: (n,) bfloat16, the weights at the last observed row.
         increments: e_1 .. e_T.
         coefficients: w_t - 1 for each of them.
+        dtype: to round to.
 
     Returns:
-        (n,) bfloat16 on the host, the predicted weights. Elements that never changed keep their bits.
+        (n,) of that dtype on the host, the predicted weights. Elements that never changed keep their bits.
     """
-    predicted = torch.empty(last.shape, dtype=torch.bfloat16)
+    predicted = torch.empty(last.shape, dtype=dtype)
     for start, stop in _chunks(len(last)):
         total = last[start:stop].cpu().double()
         for increment, coefficient in zip(increments, coefficients, strict=True):
             position, change = increment.chunk(start, stop, total.device)
             total.index_add_(0, position, change, alpha=coefficient)
-        predicted[start:stop] = total.to(torch.bfloat16)
+        predicted[start:stop] = total.to(dtype)
     return predicted
 
 
