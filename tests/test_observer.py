@@ -107,7 +107,9 @@ def test_bf16_prediction_is_the_dense_one(base: Path, two_ranks: dict[str, Path]
     gram = delta_gram(trajectory.increment_gram())
     for i, name in enumerate(trajectory.names):
         deltas = torch.stack([(s[name].double() - states[0][name].double()).flatten() for s in states[1:]])
-        torch.testing.assert_close(gram[i], deltas @ deltas.T, rtol=1e-12, atol=1e-12 * float((deltas @ deltas.T).max()))
+        torch.testing.assert_close(
+            gram[i], deltas @ deltas.T, rtol=1e-12, atol=1e-12 * float((deltas @ deltas.T).max())
+        )
 
 
 @pytest.mark.parametrize("encoding", ["bf16", "fp32-int8"])
@@ -238,7 +240,7 @@ def test_an_error_on_one_rank_is_an_error_on_all(base: Path, tmp_path: Path) -> 
 def leave_a_gap(rank: int, world: int, base: Path, out: Path) -> None:
     """Both ranks hold the first half only: the rest would be missing from every prediction."""
     observer = Observer(out / "trajectory", str(base), {}, RUN)
-    with pytest.raises(ValueError, match="gap|end at element"):
+    with pytest.raises(ValueError, match=r"gap|end at element"):
         observer.start(RankSource(weights_of(base), 0, world))
 
 

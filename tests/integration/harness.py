@@ -23,7 +23,7 @@ import data  # noqa: E402
 import training  # noqa: E402
 from schedule import Schedule  # noqa: E402
 
-BASE = RECIPE / ".cache" / "base"
+BASE = Path(os.environ.get("TEST_BASE") or RECIPE / ".cache" / "base")
 PROMPTS = 8
 SAMPLES = 4
 VALIDATION_PROMPTS = 64

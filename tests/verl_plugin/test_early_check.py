@@ -1,0 +1,73 @@
+"""What is refused from the configuration alone, composed by Hydra with verl's own schema."""
+
+from pathlib import Path
+
+import pytest
+import verl
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig
+
+from relex_verl.config import ConfigError
+from relex_verl.verl_plugin.early_check import EarlyCheck, checked_config
+
+CONFIG = str(Path(verl.__file__).parent / "trainer" / "config")
+
+
+def composed(*overrides: str, relex: str | None = "default") -> DictConfig:
+    chosen = [] if relex is None else [f"+relex={relex}"]
+    with initialize_config_dir(CONFIG, version_base=None):
+        return compose("ppo_trainer", [*chosen, "trainer.total_training_steps=100", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("option", "mode"),
+    [("default", "relex_sync"), ("colocate_async", "relex_colocate_async"), ("separate_async", "relex_separate_async")],
+)
+def test_options_choose_the_mode(option: str, mode: str) -> None:
+    config = composed(relex=option)
+    assert config.trainer.v1.trainer_mode == mode
+    assert checked_config(config).t_cut == 0.15
+    assert config.relex.output_dir == f"{config.trainer.default_local_dir}/relex"
+
+
+def test_without_the_override_nothing_changes() -> None:
+    config = composed(relex=None)
+    assert "relex" not in config
+    assert config.trainer.v1.trainer_mode == "sync"
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "cure"),
+    [
+        ("+relex.tcut=40", "relex.tcut", "did you mean relex.t_cut"),
+        ("relex.t_cut=101", "relex.t_cut", "the run has 100"),
+        ("relex.t_cut=-1", "relex.t_cut", "give a share"),
+        ("relex.targets=[15]", "relex.targets", "not after the cut at 15"),
+        ("relex.targets=[]", "relex.targets", "give a list"),
+        ("relex.observe_every=0", "relex.observe_every", "1 or more"),
+        ("relex.methods=[relax]", "relex.methods", "give one of relex"),
+        ("relex.rank=0", "relex.rank", "1 or more"),
+        ("relex.rank=30", "relex.rank", "observed up to the cut"),
+        ("relex.trajectory=fp64", "relex.trajectory", "give one of fp32, bf16"),
+        ("relex.on_error=ignore", "relex.on_error", "disable, raise"),
+        ("trainer.use_v1=false", "trainer.use_v1", "set trainer.use_v1=true"),
+        ("trainer.v1.trainer_mode=colocate_async", "trainer.v1.trainer_mode", "+relex=colocate_async"),
+        ("actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_rank", "LoRA"),
+        ("actor_rollout_ref.model.lora.rank=8", "actor_rollout_ref.model.lora.rank", "LoRA"),
+    ],
+)
+def test_refused_with_key_value_and_cure(override: str, key: str, cure: str) -> None:
+    config = composed(override)
+    with pytest.raises(SystemExit) as refusal:
+        EarlyCheck().on_job_start(config)
+    said = str(refusal.value)
+    assert key in said
+    assert cure in said
+    value = override.split("=", 1)[1].strip("[]")
+    assert value.lower() in said.lower()
+
+
+def test_the_trainer_checks_as_well() -> None:
+    """Who starts a trainer without Hydra's callback gets the same refusal."""
+    with pytest.raises(ConfigError, match=r"relex\.observe_every=0"):
+        checked_config(composed("relex.observe_every=0"))
