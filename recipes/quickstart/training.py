@@ -9,7 +9,7 @@ from data import DATA_SOURCE
 from schedule import Schedule
 
 RECIPE = Path(__file__).resolve().parent
-PROMPTS_PER_STEP = 32
+PROMPTS_PER_STEP = 16
 SAMPLES_PER_PROMPT = 8
 LEARNING_RATE = 6e-7
 SCORE_METRIC = f"val-core/{DATA_SOURCE}/acc/mean@1"
@@ -27,6 +27,7 @@ def environment(out: Path) -> dict[str, str]:
     # TransferQueue warns at every single transfer if it gets fewer threads than it asks for.
     for name in ("TQ_NUM_THREADS", "TQ_CLIENT_ZMQ_IO_THREADS"):
         env.setdefault(name, "1")
+    env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads would starve the other processes
     env.setdefault("WANDB_MODE", "offline")
     env.setdefault("WANDB_DIR", str(out / "wandb"))
     env.setdefault("WANDB_SILENT", "true")
@@ -70,9 +71,9 @@ def _grpo(model: Path, data: tuple[Path, Path], out: Path, schedule: Schedule, s
         f"actor_rollout_ref.actor.strategy={strategy}",
         f"actor_rollout_ref.actor.optim.lr={LEARNING_RATE}",
         f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS_PER_STEP}",
-        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=128",
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=64",
         "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]",
-        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=128",
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=64",
         f"actor_rollout_ref.rollout.n={SAMPLES_PER_PROMPT}",
         f"reward.custom_reward_function.path={RECIPE / 'reward.py'}",
         f"trainer.total_training_steps={schedule.trained}",
