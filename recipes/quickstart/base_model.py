@@ -38,10 +38,15 @@ def build_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
+def special_ids(tokenizer: Qwen2Tokenizer) -> tuple[int, int]:
+    """(end of turn, padding)."""
+    return tokenizer.encode(END_OF_TURN)[0], tokenizer.encode(PAD)[0]
+
+
 def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     """An untrained model, the same on every machine."""
     torch.manual_seed(SEED)
-    end, pad = tokenizer.convert_tokens_to_ids([END_OF_TURN, PAD])
+    end, pad = special_ids(tokenizer)
     config = Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=256,  # wide and shallow: learns the task, and is changed by a small learning rate, in few steps
@@ -62,7 +67,7 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
 
 def encode(tokenizer: Qwen2Tokenizer, pairs: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """(input_ids, labels): every question is six tokens long; only the answer is learned."""
-    end, pad = tokenizer.convert_tokens_to_ids([END_OF_TURN, PAD])
+    end, pad = special_ids(tokenizer)
     inputs, labels = [], []
     for left, right in pairs:
         prompt = tokenizer.encode(question(left, right), add_special_tokens=False)
@@ -111,7 +116,7 @@ def build(folder: Path, report: Callable[[int, float], None] = lambda step, scor
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     pretrain(model, tokenizer, report)
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)  # last: its presence says that the folder is whole
 
 

@@ -17,7 +17,7 @@ TAIL_LINES = 25
 class PhaseFailed(Exception):
     """A subprocess ended with an error; its log tells more."""
 
-    def __init__(self, command: list[str], code: int, log: Path):
+    def __init__(self, command: list[str], code: int, log: Path) -> None:
         super().__init__(f"{Path(command[0]).name} ended with exit code {code}")
         self.log = log
 
@@ -29,7 +29,7 @@ class PhaseFailed(Exception):
 class Phase:
     """One phase's line: a bar on a terminal, a plain line now and then elsewhere."""
 
-    def __init__(self, console: Console, title: str):
+    def __init__(self, console: Console, title: str) -> None:
         self.console = console
         self.title = title
         self.detail = ""

@@ -73,7 +73,7 @@ def main(
 
 
 def _run(schedule: Schedule, out: Path, ranks: int, strategy: str, extra: list[str]) -> None:
-    (out / "wandb").mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     predicted = ", ".join(map(str, schedule.targets))
     console.print(
         f"Training {schedule.trained} of {schedule.steps} steps; cut at {schedule.cut}; predicting {predicted}."

@@ -29,7 +29,7 @@ def environment(out: Path) -> dict[str, str]:
         env.setdefault(name, "1")
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads would starve the other processes
     env.setdefault("WANDB_MODE", "offline")
-    env.setdefault("WANDB_DIR", str(out / "wandb"))
+    env.setdefault("WANDB_DIR", str(out))  # W&B makes its folder `wandb` there
     env.setdefault("WANDB_SILENT", "true")
     env.setdefault("HYDRA_FULL_ERROR", "1")
     env.setdefault("RAY_DEDUP_LOGS", "0")

@@ -13,6 +13,8 @@ that orders every batch (`sampler.py`).
 Importing this package stays cheap: everything but the platform waits for the verl module it extends.
 """
 
+from typing import Any
+
 import wrapt
 
 from verl_cpu import platform  # noqa: F401  (registers itself; verl asks for it while it is being imported)
@@ -20,7 +22,7 @@ from verl_cpu import platform  # noqa: F401  (registers itself; verl asks for it
 ROLLOUT_NAME = "cpu"
 
 
-def _extend_workers(engine_workers) -> None:
+def _extend_workers(engine_workers: Any) -> None:
     """Train on gloo. Set on the base class so that every worker class that inherits from it follows."""
     from verl_cpu.engine import GlooTrainingWorker
 
@@ -28,12 +30,12 @@ def _extend_workers(engine_workers) -> None:
     engine_workers.ActorRolloutRefWorker.ref_worker_cls = GlooTrainingWorker
 
 
-def _extend_rollouts(rollout_base) -> None:
+def _extend_rollouts(rollout_base: Any) -> None:
     rollout_base._ROLLOUT_REGISTRY[(ROLLOUT_NAME, "async")] = "verl_cpu.rollout.ServerAdapter"
 
 
-def _extend_replicas(replica) -> None:
-    def load():
+def _extend_replicas(replica: Any) -> None:
+    def load() -> type:
         from verl_cpu.rollout import CpuReplica
 
         return CpuReplica

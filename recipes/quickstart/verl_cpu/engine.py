@@ -14,6 +14,7 @@ from torch.distributed.fsdp.api import (
 from verl.utils.distributed import initialize_global_process_group_ray
 from verl.utils.fsdp_utils import apply_fsdp2, fsdp2_load_full_state_dict, get_fsdp_wrap_policy
 from verl.utils.torch_dtypes import PrecisionType
+from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine.fsdp.utils import get_sharding_strategy
@@ -27,7 +28,7 @@ class GlooTrainingWorker(TrainingWorker):
     which torch refuses when both are the CPU. It leaves an existing group alone.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: TrainingWorkerConfig) -> None:
         initialize_global_process_group_ray(backend="cpu:gloo")
         # Ray gives an actor one thread. A fixed count also keeps sums in one order from run to run.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.get_world_size()))

@@ -1,5 +1,6 @@
 """The platform ``cpu``: what verl asks of an accelerator, answered by a machine without one."""
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -22,13 +23,13 @@ class CpuDevice(str):
     def __format__(self, spec: str) -> str:
         return "0"
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return (CpuDevice, ())
 
 
-def _build_device_module() -> ModuleType:
+def _build_device_module() -> Any:
     """`torch.cpu` plus the calls that only accelerators have: memory is not counted, caches do not exist."""
-    module = ModuleType("verl_cpu.device_module", "torch.cpu, with an accelerator's memory calls as no-ops")
+    module: Any = ModuleType("verl_cpu.device_module", "torch.cpu, with an accelerator's memory calls as no-ops")
     module.__dict__.update({name: value for name, value in vars(torch.cpu).items() if not name.startswith("__")})
 
     def nothing(*args: Any, **kwargs: Any) -> None:
@@ -113,7 +114,7 @@ class CpuPlatform(PlatformBase):
         return "VERL_CPU_VISIBLE_DEVICES"
 
     @contextmanager
-    def nvtx_range(self, msg: str):
+    def nvtx_range(self, msg: str) -> Iterator[None]:
         yield
 
     def profiler_start(self) -> None:

@@ -2,9 +2,12 @@
 
 import os
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 import ray
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from verl.workers.config import HFModelConfig, RolloutConfig
 from verl.workers.rollout.base import BaseRollout
 from verl.workers.rollout.replica import RolloutReplica
 from verl.workers.rollout.utils import ensure_async_iterator
@@ -20,7 +23,9 @@ def server_name(replica_rank: int) -> str:
 class ServerAdapter(BaseRollout):
     """Hands a worker's weights to the server of its replica. Memory calls have nothing to do on a CPU."""
 
-    def __init__(self, config, model_config, device_mesh, replica_rank: int = -1):
+    def __init__(
+        self, config: RolloutConfig, model_config: HFModelConfig, device_mesh: DeviceMesh | None, replica_rank: int = -1
+    ) -> None:
         super().__init__(config, model_config, device_mesh)
         ranks_per_replica = (
             self.config.tensor_model_parallel_size
@@ -42,7 +47,7 @@ class ServerAdapter(BaseRollout):
         weights: Iterator[tuple[str, torch.Tensor]] | AsyncIterator[tuple[str, torch.Tensor]],
         wire_format: str = "named_tensors",
         global_steps: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         if wire_format != "named_tensors":
             raise NotImplementedError(f"the cpu rollout takes whole tensors, not {wire_format!r}")

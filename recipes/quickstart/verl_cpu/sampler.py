@@ -7,26 +7,30 @@ Use through `trainer.v1.sampler.custom_sampler`; `sampler_kwargs.poll_interval` 
 between two looks at the queue (verl's own two seconds would be most of a step here).
 """
 
+from typing import Any
+
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer, ReplayBufferAsync
 
 
-class _DispatchOrder:
+class _DispatchOrder(ReplayBuffer):
     """Sorts by (order of dispatch, place in the group, turn).
 
     The queue lists prompts in the order in which the trainer put them there.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.poll_interval = float(self.sampler_kwargs.get("poll_interval", 0.02))
 
-    def _select_prompt_uids(self, partition_id, sampleable_keys, batch_size):
+    def _select_prompt_uids(self, partition_id: str, sampleable_keys: set[str], batch_size: int) -> tuple:
         _, partition, steps = super()._select_prompt_uids(partition_id, sampleable_keys, batch_size)
         dispatched = [uid for uid in steps if uid in sampleable_keys]
         dispatched.sort(key=steps.__getitem__)  # stable: within a step, the order of dispatch
         return dispatched[:batch_size], partition, steps
 
-    def _materialize_batch(self, partition_id, selected_prompt_uids, partition_snapshot):
+    def _materialize_batch(
+        self, partition_id: str, selected_prompt_uids: list[str], partition_snapshot: dict[str, dict]
+    ) -> Any:
         place = {uid: rank for rank, uid in enumerate(selected_prompt_uids)}
 
         def order(key: str) -> tuple[int, int, int]:
@@ -37,7 +41,7 @@ class _DispatchOrder:
         return super()._materialize_batch(partition_id, selected_prompt_uids, in_order)
 
 
-class OrderedReplayBuffer(_DispatchOrder, ReplayBuffer):
+class OrderedReplayBuffer(_DispatchOrder):
     """For the trainer mode `sync`."""
 
 

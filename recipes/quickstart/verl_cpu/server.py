@@ -31,7 +31,7 @@ class Request:
 class GenerationServer:
     """The Ray actor that verl's `LLMServerClient` talks to."""
 
-    def __init__(self, model_path: str, dtype: str, max_tokens: int):
+    def __init__(self, model_path: str, dtype: str, max_tokens: int) -> None:
         torch.set_num_threads(os.cpu_count() or 1)
         # Weights are rounded to the dtype that verl would serve; the arithmetic is float64.
         self.weight_dtype = PrecisionType.to_dtype(dtype)
@@ -44,17 +44,19 @@ class GenerationServer:
         self.running.set()
         self.arrived = asyncio.Event()
         self.decoder: asyncio.Task | None = None
+        self.model_lock = asyncio.Lock()  # asynchronous modes send new weights at any time
 
     async def ready(self) -> bool:
         return True
 
     async def load_weights(self, named_tensors: dict[str, torch.Tensor], global_steps: int | None) -> None:
         state = {name: tensor.to(self.weight_dtype).double() for name, tensor in named_tensors.items()}
-        missing, unexpected = self.model.load_state_dict(state, strict=False)
+        async with self.model_lock:
+            missing, unexpected = self.model.load_state_dict(state, strict=False)
+            self.global_steps = global_steps
         # A tied output layer has no tensor of its own in some exporters.
         if unexpected or set(missing) - {"lm_head.weight"}:
             raise ValueError(f"weights do not fit the model: missing {missing}, unexpected {unexpected}")
-        self.global_steps = global_steps
 
     async def generate(
         self, request_id: str, prompt_ids: list[int], sampling_params: dict[str, Any], **kwargs: Any
@@ -89,21 +91,20 @@ class GenerationServer:
             if not batch:
                 self.arrived.clear()
                 continue
-            version = self.global_steps
+            prompts = [request.prompt_ids for request in batch]
+            samplings = [request.sampling for request in batch]
             try:
-                decoded = await asyncio.to_thread(
-                    decode,
-                    self.model,
-                    [request.prompt_ids for request in batch],
-                    [request.sampling for request in batch],
-                    self.stop_ids,
-                )
+                async with self.model_lock:
+                    version = self.global_steps
+                    decoded = await asyncio.to_thread(decode, self.model, prompts, samplings, self.stop_ids)
             except Exception as error:  # goes to the callers; the server lives on
                 for request in batch:
-                    request.done.set_exception(error)
+                    if not request.done.done():
+                        request.done.set_exception(error)
                 continue
             for request, result in zip(batch, decoded, strict=True):
-                request.done.set_result(_token_output(result, version))
+                if not request.done.done():  # a caller may have given up
+                    request.done.set_result(_token_output(result, version))
 
     async def _gather_burst(self) -> None:
         """Wait while requests keep coming: full batches are cheaper, and never change a result."""
