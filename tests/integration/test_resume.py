@@ -1,11 +1,12 @@
 """A run killed after a verl checkpoint goes on observing; what the checkpoint did not see is forgotten."""
 
-import os
+import contextlib
 import signal
 import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from harness import checkout, command, environment, run
@@ -21,21 +22,22 @@ EXTRA = [f"trainer.save_freq={SAVED}", "trainer.resume_mode=auto"]
 
 
 def kill_after(out: Path, step: int) -> None:
-    """Start a run and kill its whole process group as soon as a step beyond the checkpoint has been observed."""
+    """Start a run and kill all of its processes as soon as a step beyond the checkpoint has been observed."""
     line = command(out, 6, strategy="fsdp2", ranks=2, relex=RELEX, extra=EXTRA)
     with open(out / "killed.txt", "w") as log:
-        process = subprocess.Popen(line, cwd=out, env=environment(out), stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(line, cwd=out, env=environment(out), stdout=log, stderr=log)
         last = out / "relex" / "trajectory" / "rank_00001" / f"step_{step:06d}.safetensors"
         deadline = time.monotonic() + 500
         while not last.exists():
             assert process.poll() is None, (out / "killed.txt").read_text()[-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        os.killpg(process.pid, signal.SIGKILL)
+        # Everything at once, as when a node dies: the driver, Ray's daemons, the ranks.
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.send_signal(signal.SIGKILL)
         process.wait()
-    # Ray's daemons left the group: they die with the next line, as they would with the node.
-    subprocess.run(["pkill", "-9", "-f", str(out)], check=False)
-    subprocess.run([line[0].replace("python", "ray"), "stop", "--force"], check=False, capture_output=True)
 
 
 def test_resume(tmp_path: Path) -> None:
