@@ -75,8 +75,10 @@ if [[ ! -x "$venv/bin/python" ]]; then
         exit 1
     }
 fi
+# The pip that comes with older Pythons takes a quarter of an hour to find versions that fit together.
+step "pip (1/3)" "$venv/bin/python" -m pip install --upgrade "pip>=25"
 # Exactly this version, and first: left to itself, pip would take gigabytes of CUDA libraries along.
-step "torch 2.13.0 (1/2)" "$venv/bin/python" -m pip install "torch==2.13.0"
-step "verl and relex-verl (2/2)" "$venv/bin/python" -m pip install -e "$root[dev]"
+step "torch 2.13.0 (2/3)" "$venv/bin/python" -m pip install "torch==2.13.0"
+step "verl and relex-verl (3/3)" "$venv/bin/python" -m pip install -e "$root[dev]"
 wanted >"$stamp"
 say "ready: $venv"

@@ -12,8 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 @torch.inference_mode()
 def accuracy(checkpoint: Path, validation_file: Path) -> float:
-    """Mean reward over the validation set. Weights are taken as stored; the arithmetic is float32."""
-    model = AutoModelForCausalLM.from_pretrained(checkpoint).float().eval()
+    """Mean reward over the validation set.
+
+    Weights are rounded to bfloat16, as verl rounds them when it hands them to its rollout, so that all
+    checkpoints stand beside the run's own validation. The arithmetic is float32.
+    """
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).float().eval()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint, padding_side="left")
     table = pd.read_parquet(validation_file)
     questions = [

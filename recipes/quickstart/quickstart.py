@@ -26,7 +26,7 @@ BASE_MODEL = RECIPE / ".cache" / "base"
 BASE_MODEL_LINE = re.compile(r"step (\d+): accuracy ([\d.]+)")
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich")
-console = Console(soft_wrap=not sys.stdout.isatty())
+console = Console(width=None if sys.stdout.isatty() else 160)
 
 
 @app.command(
