@@ -64,7 +64,9 @@ def screen(backtests: Mapping[str, float], drift: float, agreement: float) -> tu
     return [method for method in order if method not in reasons], reasons
 
 
-def next_target(tried: Mapping[int, float], targets: Sequence[int], t_cut: int, hold: float) -> int | None:
+def next_target(
+    tried: Mapping[int, float], targets: Sequence[int], t_cut: int, hold: float, margin: float = 0.0
+) -> int | None:
     """The next step to predict and score for one method; None when the search is done.
 
     First the configured targets, in ascending order, until the score falls. Then, if the best is the farthest, twice as
@@ -75,13 +77,14 @@ def next_target(tried: Mapping[int, float], targets: Sequence[int], t_cut: int, 
         targets: configured targets, all after the cut.
         t_cut: the last observed step.
         hold: score of the last observed weights, the first point of the curve.
+        margin: a smaller drop below the best is noise and does not count as a fall.
     """
     curve = {t_cut: hold, **tried}
     steps = sorted(curve)
     best = max(steps, key=lambda step: (curve[step], -step))
     farthest = steps[-1]
     ahead = [target for target in sorted(targets) if target > farthest]
-    if ahead and best == farthest:
+    if ahead and curve[farthest] >= curve[best] - margin:
         return ahead[0]
     if best == farthest:
         return 2 * best if 2 * best <= MAX_HORIZON * t_cut else None
@@ -99,6 +102,7 @@ def search(
     t_cut: int,
     hold: float,
     budget: int,
+    margin: float = 0.0,
 ) -> list[Candidate]:
     """Spend the budget on the methods in turn, each along its own line.
 
@@ -109,6 +113,7 @@ def search(
         t_cut: the last observed step.
         hold: score of the last observed weights.
         budget: how many predictions may be scored.
+        margin: see `next_target`.
 
     Returns:
         What was scored, in that order.
@@ -118,7 +123,7 @@ def search(
     open_methods = list(methods)
     while open_methods and len(scored) < budget:
         for method in list(open_methods):
-            target = next_target(tried[method], targets, t_cut, hold)
+            target = next_target(tried[method], targets, t_cut, hold, margin)
             if target is None:
                 open_methods.remove(method)
             elif len(scored) < budget:

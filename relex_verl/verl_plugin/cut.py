@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, field
+from math import sqrt
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -137,7 +138,9 @@ def _score(host: Host, config: RelexConfig, plan: Plan, methods: list[str], verd
         )  # fmt: skip
         return validation.mean(searched)
 
-    candidates = search(score, methods, plan.targets, plan.t_cut, hold.mean(searched), config.max_candidates)
+    margin = 0.5 / sqrt(len(searched))  # at most one standard error of a mean of scores between 0 and 1
+    budget = config.max_candidates
+    candidates = search(score, methods, plan.targets, plan.t_cut, hold.mean(searched), budget, margin)
     best = max(candidates, key=lambda one: one.score)
     prediction = Prediction(best.method, best.target, config.rank, config.fit_from)
     validation = next(validation for one, validation in verdict.scored if one == prediction)

@@ -1,0 +1,109 @@
+"""The README as a new user meets it: its quickstart ends in a recommendation, and its commands run as written."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from harness import ROOT, load, training
+
+pytestmark = [pytest.mark.trainer, pytest.mark.timeout(1500)]
+
+OUT = ROOT / "outputs" / "quickstart"
+
+
+def commands() -> list[str]:
+    """The lines of the README's shell blocks that a test can run: the quickstart and the offline commands."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    lines = [line.split("  #")[0].strip() for line in "".join(blocks).replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line.startswith(("bash recipes/quickstart/run.sh", ".venv/bin/relex-verl"))]
+
+
+def shell(command: str) -> str:
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, str]:
+    """Every command of the README, in its order, in an empty outputs folder."""
+    shutil.rmtree(OUT, ignore_errors=True)
+    return {command: shell(command) for command in commands()}
+
+
+def report(out: Path) -> dict:
+    return json.loads((out / "relex" / "report.json").read_text())
+
+
+def test_the_readme_runs(said: dict[str, str]) -> None:
+    first, *offline = said
+    assert first.startswith("bash recipes/quickstart/run.sh")
+    assert {command.split()[1] for command in offline} >= {"info", "checkout", "extrapolate", "plan"}
+    table = said[first]
+    for row in ("base", "last observed", "predicted"):
+        assert row in table
+    assert "AutoModelForCausalLM.from_pretrained" in table
+
+
+def test_the_quickstart_recommends_a_checkpoint_that_won(said: dict[str, str]) -> None:
+    advice = report(OUT)["advice"]
+    assert advice["action"] == "stop", advice
+    assert advice["score"] > advice["hold_score"]
+    assert advice["p_value"] < 0.05
+    recommended = load(OUT / "relex" / "recommended")
+    winner = load(OUT / "relex" / "predicted" / advice["target"])
+    assert all((recommended[name] == winner[name]).all() for name in winner)
+    held, *candidates = report(OUT)["validation_scores"]
+    assert held["score"] == training.scores(OUT)[30]
+    assert max(row["score"] for row in candidates) > held["score"]
+
+
+def test_a_collapse_ends_in_keep_training(tmp_path: Path, said: dict[str, str]) -> None:
+    """At 1e-5 the line leaves the model behind; the losing scores are shown."""
+    extra = "-- actor_rollout_ref.actor.optim.lr=1e-5 relex.max_candidates=3"
+    shell(f"bash recipes/quickstart/run.sh --out {tmp_path} {extra}")
+    found = report(tmp_path)
+    assert found["advice"]["action"] == "keep_training", found["advice"]
+    assert found["advice"]["reason"].startswith("Keep training: relex-step_")
+    held, *candidates = found["validation_scores"]
+    assert len(candidates) == 3
+    assert min(row["score"] for row in candidates) < held["score"] - 0.1
+    assert not (tmp_path / "relex" / "recommended").exists()
+
+
+def test_wandb_holds_it_all(said: dict[str, str]) -> None:
+    """Read back from W&B's own offline files, with W&B's own reader."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    store = DataStore()
+    store.open_for_scan(str(next((OUT / "wandb").rglob("run-*.wandb"))))
+    history, summary, artifacts, alerts = set(), {}, [], []
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        for item in record.history.item:
+            history.add(item.key or ".".join(item.nested_key))
+        for item in record.summary.update:
+            summary[item.key or ".".join(item.nested_key)] = item.value_json
+        if record.HasField("artifact"):
+            artifacts.append(record.artifact)
+        if record.request.HasField("log_artifact"):
+            artifacts.append(record.request.log_artifact.artifact)
+        if record.HasField("alert"):
+            alerts.append(record.alert.text)
+    advice = report(OUT)["advice"]
+    assert {"relex/explained_variance/mean", "relex/drift", "relex/ready", "timing_s/relex"} <= history
+    assert any(key.startswith("relex/tensors") for key in history)
+    assert any(key.startswith("relex/candidates") for key in history)
+    assert any(key.startswith("relex/figures/coefficients") for key in history)
+    assert json.loads(summary["relex/advice"]) == "stop"
+    assert json.loads(summary["relex/steps_saved"]) > 0
+    assert alerts == [advice["reason"]]
+    models = {one.name.rsplit("-", 1)[0]: one for one in artifacts if one.type == "model"}
+    assert advice["target"] in models
+    assert "recommended" in models[advice["target"]].aliases
+    assert json.loads(models[advice["target"]].metadata)["method"] == "relex"
