@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv at the repository's root with everything that the quickstart and the tests need.
-# Skips what is there already. PYTHON=python3.11 chooses the interpreter (3.10 to 3.12).
+# Skips what is there already, and waits for an installation that is under way. PYTHON=python3.11 chooses the interpreter (3.10 to 3.12).
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -25,8 +25,7 @@ is_current() { [[ -f "$stamp" && "$(<"$stamp")" == "$(wanted)" ]]; }
 find_python() {
     local candidate
     for candidate in "${PYTHON:-}" python3.11 python3.12 python3.10 python3; do
-        [[ -n "$candidate" ]] && command -v "$candidate" >/dev/null || continue
-        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+        if [[ -n "$candidate" ]] && "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
             command -v "$candidate"
             return
         fi
@@ -79,6 +78,6 @@ fi
 step "pip (1/3)" "$venv/bin/python" -m pip install --upgrade "pip>=25"
 # Exactly this version, and first: left to itself, pip would take gigabytes of CUDA libraries along.
 step "torch 2.13.0 (2/3)" "$venv/bin/python" -m pip install "torch==2.13.0"
-step "verl and relex-verl (3/3)" "$venv/bin/python" -m pip install -e "$root[dev]"
+step "verl and relex-verl (3/3)" "$venv/bin/python" -m pip install -e "${root}[dev]"
 wanted >"$stamp"
 say "ready: $venv"
