@@ -1,5 +1,7 @@
 """Builds the base model: a Qwen2 of about 1M parameters that gets two-digit addition right a bit more than half the time."""
 
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -111,13 +113,19 @@ def pretrain(
 
 def build(folder: Path, report: Callable[[int, float], None] = lambda step, score: None) -> None:
     """Train and save the base model in bfloat16; does nothing when it is there already."""
-    if (folder / "tokenizer_config.json").exists():
+    if folder.exists():
         return
+    folder.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
     pretrain(model, tokenizer, report)
-    model.bfloat16().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)  # last: its presence says that the folder is whole
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}")  # another run may be building it, too
+    model.bfloat16().save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    try:
+        unfinished.rename(folder)
+    except OSError:  # the other run was first; both models are the same
+        shutil.rmtree(unfinished)
 
 
 if __name__ == "__main__":

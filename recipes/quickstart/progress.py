@@ -1,5 +1,6 @@
 """Phases with progress on the terminal, and subprocesses whose noise goes to log files."""
 
+import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 POLL_SECONDS = 0.5
 PLAIN_SECONDS = 10.0
 TAIL_LINES = 25
+NOISE = re.compile(r"UserWarning|FutureWarning|warnings\.warn\(|WARNING|INFO")
 
 
 class PhaseFailed(Exception):
@@ -22,8 +24,9 @@ class PhaseFailed(Exception):
         self.log = log
 
     def tail(self) -> str:
-        """The last lines of the log."""
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
+        """The last lines of the log, without what is no error."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return "\n".join([line for line in lines if not NOISE.search(line)][-TAIL_LINES:])
 
 
 class Phase:
@@ -80,13 +83,7 @@ def phase(console: Console, title: str) -> Iterator[Phase]:
     current.close("[green]✓[/green]")
 
 
-def run_logged(
-    command: list[str],
-    log: Path,
-    env: dict[str, str] | None = None,
-    on_poll: Callable[[], None] = lambda: None,
-    folder: Path | None = None,
-) -> None:
+def run_logged(command: list[str], log: Path, env: dict[str, str], on_poll: Callable[[], None] = lambda: None) -> None:
     """Run a command with all its output in `log`, calling `on_poll` while it runs and once after.
 
     Raises:
@@ -94,7 +91,7 @@ def run_logged(
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as sink:
-        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=env, cwd=folder)
+        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=env)
         try:
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)

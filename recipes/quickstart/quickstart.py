@@ -88,7 +88,7 @@ def _run(schedule: Schedule, out: Path, ranks: int, strategy: str, extra: list[s
 
 
 def _build_base_model(out: Path) -> None:
-    if (BASE_MODEL / "tokenizer_config.json").exists():
+    if BASE_MODEL.exists():
         console.print(f"Base model: {BASE_MODEL} (built before)", highlight=False)
         return
     log = out / "logs" / "base_model.log"
@@ -99,18 +99,14 @@ def _build_base_model(out: Path) -> None:
             if lines:
                 current.show(f"step {lines[-1][0]}, accuracy {lines[-1][1]}")
 
-        run_logged([sys.executable, str(RECIPE / "base_model.py"), str(BASE_MODEL)], log, on_poll=show)
+        command = [sys.executable, str(RECIPE / "base_model.py"), str(BASE_MODEL)]
+        run_logged(command, log, training.environment(out), show)
 
 
 def _train(command: list[str], schedule: Schedule, out: Path) -> None:
     with phase(console, "Training with verl") as current:
-        run_logged(
-            command,
-            out / "logs" / "training.log",
-            env=training.environment(out),
-            on_poll=lambda: _show_training(current, schedule, out),
-            folder=out,
-        )
+        log = out / "logs" / "training.log"
+        run_logged(command, log, training.environment(out), lambda: _show_training(current, schedule, out))
 
 
 def _show_training(current: Phase, schedule: Schedule, out: Path) -> None:
@@ -134,7 +130,7 @@ def _report(schedule: Schedule, out: Path, validation_file: Path) -> None:
         command = [str(Path(sys.executable).parent / "relex-verl"), "checkout", str(out / "relex" / "trajectory")]
         command += ["--step", str(schedule.cut), "--out", str(observed.folder)]
         with phase(console, "Checking out the last observed step"):
-            run_logged(command, out / "logs" / "checkout.log")
+            run_logged(command, out / "logs" / "checkout.log", training.environment(out))
     base = results.Checkpoint("base", 0, BASE_MODEL)
     checkpoints = [base, observed, *results.predicted(out), *results.trained(out, schedule)]
     _score(checkpoints, validation_file, out)
@@ -161,7 +157,7 @@ def _score(checkpoints: list[results.Checkpoint], validation_file: Path, out: Pa
                 one.accuracy = by_folder.get(str(one.folder))
             current.show(f"{len(by_folder)} of {len(checkpoints)}", done=len(by_folder), total=len(checkpoints))
 
-        run_logged([*command, *(str(one.folder) for one in checkpoints)], log, on_poll=show)
+        run_logged([*command, *(str(one.folder) for one in checkpoints)], log, training.environment(out), show)
 
 
 if __name__ == "__main__":
