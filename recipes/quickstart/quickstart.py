@@ -1,6 +1,6 @@
 """A real GRPO run of verl's own trainer with RELEX on, for a machine without an accelerator.
 
-Builds a small base model (a Qwen2 of 1M parameters that adds two-digit numbers right 58% of the time), trains it
+Builds a small base model (a Qwen2 of 1.15M parameters that adds two-digit numbers right about 60% of the time), trains it
 with verl up to the cut, lets RELEX predict later checkpoints, and scores all of them.
 """
 
