@@ -20,8 +20,8 @@ from relex_verl.gram import delta_gram
 from relex_verl.hf_checkpoint import BaseCheckpoint, write_json
 from relex_verl.ingest import Found, IngestError
 from relex_verl.ingest.layout import open_checkpoint
-from relex_verl.observer import Prediction, extrapolate, write_checkpoint
 from relex_verl.plots import Spread
+from relex_verl.prediction import Prediction, extrapolate, write_checkpoint
 from relex_verl.shards import TensorShard
 from relex_verl.trajectory import Trajectory, TrajectoryError
 

@@ -1,12 +1,12 @@
 """The one pipeline, online and offline: shards -> increments -> trajectory -> H and G -> weights -> predicted tensors.
 
-`Observer` is one rank's part of a running training; `extrapolate` does the same later from the trajectory on disk. Both
-end in `predicted_tensors` and `write_checkpoint`, so a prediction has the same bits whichever way it was made.
+`Observer` is one rank's part of a running training; `prediction.extrapolate` does the same later from the trajectory on
+disk. Both end in `predicted_tensors`, so a prediction has the same bits whichever way it was made.
 """
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,30 +15,15 @@ import torch
 
 from relex_verl import collectives
 from relex_verl.encodings import ENCODINGS, Encoding, PackedStep
-from relex_verl.extrapolators import fit_weights, increment_coefficients
 from relex_verl.gram import append_row, delta_gram
 from relex_verl.hf_checkpoint import BaseCheckpoint, CheckpointWriter, resolve_model
-from relex_verl.shards import Placement, ShardSource, TensorShard
+from relex_verl.prediction import Prediction, predicted_tensors
+from relex_verl.shards import Placement, ShardSource, TensorShard, check_cover, share_out
 from relex_verl.trajectory import ShardHistory, Trajectory, TrajectoryError, TrajectoryIndex, Window
 
-__all__ = ["Observation", "Observer", "Prediction", "extrapolate", "predicted_tensors", "write_checkpoint"]
+__all__ = ["Observation", "Observer"]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What to predict: one method, one target step, from the rows from step `fit_from` on."""
-
-    method: str
-    target: int
-    rank: int = 1
-    fit_from: int = 0
-
-    @property
-    def folder_name(self) -> str:
-        """Name of its checkpoint folder."""
-        return f"{self.method}-step_{self.target}"
 
 
 @dataclass(frozen=True)
@@ -106,10 +91,10 @@ class Observer:
         with _together():
             found = [(shard.name, shard.shape, shard.placement) for shard in source]
             self._check_names(found)
-        counted = _share_out(found)
+        counted = share_out(collectives.gather(found))
         mine = counted[collectives.rank()]
         with _together():
-            self.shapes = _check_cover(counted)
+            self.shapes = check_cover(counted)
             for shard in source:
                 if shard.name in mine:
                     last = shard.data.detach().to("cpu", self.encoding.dtype, copy=True)
@@ -338,74 +323,6 @@ class Observer:
             )
 
 
-def predicted_tensors(
-    histories: Iterable[ShardHistory],
-    encoding: Encoding,
-    names: Sequence[str],
-    gram_LTT: torch.Tensor,
-    steps: Sequence[int],
-    prediction: Prediction,
-) -> Iterator[TensorShard]:
-    """theta_hat of each shard: theta_last + sum_t (w_t - 1) e_t (DESIGN: one weight vector a tensor, from G alone).
-
-    Args:
-        histories: shards with all increments of `steps`.
-        encoding: of the increments.
-        names: of the tensors, in the order of the stack.
-        gram_LTT: G, (L, T, T).
-        steps: the T real step numbers.
-        prediction: the method, its rank and the target.
-    """
-    method, target, rank, fit_from = prediction.method, prediction.target, prediction.rank, prediction.fit_from
-    weights_LT = fit_weights(gram_LTT, steps, target, method, rank, fit_from)
-    coefficients = dict(zip(names, increment_coefficients(weights_LT).tolist(), strict=True))
-    for history in histories:
-        data = encoding.accumulate(history.last, history.increments, coefficients[history.name])
-        yield TensorShard(history.name, history.shape, history.placement, data)
-
-
-def write_checkpoint(
-    trajectory: Trajectory,
-    shards: Iterable[TensorShard],
-    folder: Path,
-    provenance: Mapping[str, Any] | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    progress: Callable[[int], None] = lambda elements: None,
-) -> Path:
-    """Write a checkpoint of a trajectory from one process, laid out like its base.
-
-    Args:
-        trajectory: whose base, names and aliases to take.
-        shards: every shard of every rank.
-        folder: the destination.
-        provenance: for `relex.json`.
-        dtype: of the weights, bfloat16 or float32.
-        progress: called with the number of elements of each shard written.
-    """
-    writer = CheckpointWriter(trajectory.base(), folder, set(trajectory.names), trajectory.index.aliases, dtype)
-    try:
-        writer.begin()
-        for shard in shards:
-            writer.write(shard)
-            progress(shard.placement.numel)
-        return writer.commit(provenance)
-    except BaseException:
-        shutil.rmtree(writer.partial, ignore_errors=True)  # nothing half-written stays
-        raise
-
-
-def extrapolate(trajectory: Trajectory, cut: int, prediction: Prediction) -> Iterator[TensorShard]:
-    """The prediction from the steps up to `cut`, from disk alone; the same bits as in the run.
-
-    Raises:
-        TrajectoryError: too few steps up to the cut.
-    """
-    steps = trajectory.steps_until(cut)
-    gram_LTT = delta_gram(trajectory.increment_gram(cut))
-    histories = trajectory.histories(cut)
-    return predicted_tensors(histories, trajectory.encoding, trajectory.names, gram_LTT, steps, prediction)
-
-
 class _together:
     """A phase that ends on all ranks together: one rank's error is raised on each."""
 
@@ -414,50 +331,6 @@ class _together:
 
     def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         collectives.all_or_nothing(error if isinstance(error, Exception) else None)
-
-
-def _share_out(
-    mine: Sequence[tuple[str, tuple[int, ...], Placement]],
-) -> list[dict[str, tuple[tuple[int, ...], Placement]]]:
-    """Who counts what: of the ranks that hold the same elements of a tensor one does, in turn over the tensors.
-
-    Returns:
-        For each rank its own name -> (shape, placement).
-    """
-    everyone = collectives.gather(list(mine))
-    claims: dict[tuple[str, Placement], list[int]] = {}
-    for rank, shards in enumerate(everyone):
-        for name, _, placement in shards:
-            if placement.numel:
-                claims.setdefault((name, placement), []).append(rank)
-    owner = {claim: ranks[i % len(ranks)] for i, (claim, ranks) in enumerate(claims.items())}
-    return [
-        {
-            name: (shape, placement)
-            for name, shape, placement in shards
-            if placement.numel and owner[name, placement] == rank
-        }
-        for rank, shards in enumerate(everyone)
-    ]
-
-
-def _check_cover(counted: Sequence[Mapping[str, tuple[tuple[int, ...], Placement]]]) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of all tensors, after checking that every element is counted once."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    runs: dict[str, list[tuple[int, int]]] = {}
-    for shards in counted:
-        for name, (shape, placement) in shards.items():
-            shapes[name] = shape
-            runs.setdefault(name, []).extend((start, start + length) for _, start, length in placement.runs())
-    for name, shape in shapes.items():
-        end = 0
-        for start, stop in sorted(runs[name]):
-            if start != end:
-                raise ValueError(f"{name}: the ranks' shards overlap or leave a gap at element {min(start, end)}")
-            end = stop
-        if end != torch.Size(shape).numel():
-            raise ValueError(f"{name}: the ranks' shards end at element {end} of {torch.Size(shape).numel()}")
-    return dict(sorted(shapes.items()))
 
 
 def _bits(weights: torch.Tensor) -> torch.Tensor:

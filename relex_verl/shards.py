@@ -5,14 +5,23 @@ a Hugging Face tensor is a list of contiguous runs of that tensor's flat (row-ma
 reading a base checkpoint, writing a predicted one, and counting every element once.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol
 
 import torch
 
-__all__ = ["Placement", "ShardSource", "TensorShard", "block_placement", "placement_of_positions", "whole"]
+__all__ = [
+    "Placement",
+    "ShardSource",
+    "TensorShard",
+    "block_placement",
+    "check_cover",
+    "placement_of_positions",
+    "share_out",
+    "whole",
+]
 
 
 @dataclass(frozen=True)
@@ -114,3 +123,56 @@ def placement_of_positions(positions: torch.Tensor) -> Placement:
     first = torch.cat([breaks.new_zeros(1), breaks])
     last = torch.cat([breaks, breaks.new_tensor([positions.numel()])])
     return Placement(tuple(positions[first].tolist()), tuple((last - first).tolist()))
+
+
+def share_out(
+    everyone: Sequence[Sequence[tuple[str, tuple[int, ...], Placement]]],
+) -> list[dict[str, tuple[tuple[int, ...], Placement]]]:
+    """Who counts what: of the ranks that hold the same elements of a tensor one does, in turn over the tensors.
+
+    Args:
+        everyone: for each rank the name, shape and placement of every shard that it holds.
+
+    Returns:
+        For each rank its own name -> (shape, placement).
+    """
+    claims: dict[tuple[str, Placement], list[int]] = {}
+    for rank, shards in enumerate(everyone):
+        for name, _, placement in shards:
+            if placement.numel:
+                claims.setdefault((name, placement), []).append(rank)
+    owner = {claim: ranks[i % len(ranks)] for i, (claim, ranks) in enumerate(claims.items())}
+    return [
+        {
+            name: (shape, placement)
+            for name, shape, placement in shards
+            if placement.numel and owner[name, placement] == rank
+        }
+        for rank, shards in enumerate(everyone)
+    ]
+
+
+def check_cover(counted: Sequence[Mapping[str, tuple[tuple[int, ...], Placement]]]) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of all tensors, after checking that every element is counted once.
+
+    Args:
+        counted: from `share_out`.
+
+    Raises:
+        ValueError: shards that overlap or leave a gap.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    runs: dict[str, list[tuple[int, int]]] = {}
+    for shards in counted:
+        for name, (shape, placement) in shards.items():
+            shapes[name] = shape
+            runs.setdefault(name, []).extend((start, start + length) for _, start, length in placement.runs())
+    for name, shape in shapes.items():
+        end = 0
+        for start, stop in sorted(runs[name]):
+            if start != end:
+                raise ValueError(f"{name}: the ranks' shards overlap or leave a gap at element {min(start, end)}")
+            end = stop
+        if end != torch.Size(shape).numel():
+            raise ValueError(f"{name}: the ranks' shards end at element {end} of {torch.Size(shape).numel()}")
+    return dict(sorted(shapes.items()))

@@ -14,7 +14,7 @@ FLOORS = [
     {"gram", "extrapolators", "diagnostics", "advice", "search"},
     {"config", "shards", "encodings", "trajectory", "budget", "hf_checkpoint"},
     {"collectives", "tracking", "plots", "report"},
-    {"observer", "ingest", "analysis", "sharing", "cli", "baselines"},
+    {"observer", "prediction", "ingest", "analysis", "sharing", "cli", "baselines"},
     {"verl_plugin"},
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

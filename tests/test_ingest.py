@@ -16,7 +16,8 @@ from relex_verl import ingest as ingesting
 from relex_verl import trajectory as store
 from relex_verl.hf_checkpoint import BaseCheckpoint
 from relex_verl.ingest import IngestError, Options, find_checkpoints, find_revisions, ingest, select_steps
-from relex_verl.observer import Observer, Prediction, extrapolate, write_checkpoint
+from relex_verl.observer import Observer
+from relex_verl.prediction import Prediction, extrapolate, write_checkpoint
 from relex_verl.trajectory import Trajectory
 
 STEPS = (1, 2, 5, 9)

@@ -15,7 +15,8 @@ from relex_verl.collectives import PeerError
 from relex_verl.encodings import ENCODINGS
 from relex_verl.gram import delta_gram
 from relex_verl.hf_checkpoint import BaseCheckpoint
-from relex_verl.observer import Observer, Prediction, extrapolate, write_checkpoint
+from relex_verl.observer import Observer
+from relex_verl.prediction import Prediction, extrapolate, write_checkpoint
 from relex_verl.trajectory import Trajectory, TrajectoryError
 
 RUN = {"project": "p", "experiment": "e"}

@@ -14,7 +14,7 @@ from relex_verl.baselines.alpharl import alpharl
 from relex_verl.baselines.coefficient_transformer import TransformerSettings, transformer_tensors
 from relex_verl.baselines.next_extrapolation import NextSettings, fit_next, next_tensors
 from relex_verl.baselines.weight_extrapolation import weight_extrapolation
-from relex_verl.observer import write_checkpoint
+from relex_verl.prediction import write_checkpoint
 from relex_verl.shards import TensorShard
 from relex_verl.tracking import versions
 from relex_verl.trajectory import Trajectory, TrajectoryError

@@ -12,7 +12,7 @@ __all__ = ["weighted_tensors"]
 
 
 def weighted_tensors(trajectory: Trajectory, cut: int, weights_LT: torch.Tensor) -> Iterator[TensorShard]:
-    """theta_0 + sum_t a_t delta_t of every shard, computed as in `observer.predicted_tensors`; one shard in memory.
+    """theta_0 + sum_t a_t delta_t of every shard, computed as in `prediction.predicted_tensors`; one shard in memory.
 
     Args:
         trajectory: an open trajectory.

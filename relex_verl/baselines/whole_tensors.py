@@ -91,7 +91,7 @@ class WholeTensors:
         raise TrajectoryError(f"step {step} is not among the observed ones up to the cut: {self.steps}")
 
     def shard(self, name: str, tensor: torch.Tensor) -> TensorShard:
-        """A whole tensor as what `observer.write_checkpoint` takes."""
+        """A whole tensor as what `prediction.write_checkpoint` takes."""
         return TensorShard(name, self.shapes[name], whole(self.shapes[name]), tensor.flatten())
 
     def _origin(self, rank: _Rank, name: str) -> torch.Tensor:

@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from relex_verl import analysis, observer, tracking
+from relex_verl import analysis, tracking
+from relex_verl import prediction as predicting
 from relex_verl.cli.common import (
     AsJson,
     OutFolder,
@@ -22,7 +23,7 @@ from relex_verl.cli.common import (
 from relex_verl.diagnostics import describe, random_walk_gram, summary
 from relex_verl.extrapolators import METHODS
 from relex_verl.gram import delta_gram
-from relex_verl.observer import Prediction, write_checkpoint
+from relex_verl.prediction import Prediction, write_checkpoint
 from relex_verl.trajectory import Trajectory, step_ranges
 
 __all__ = ["checkout", "extrapolate", "info", "reconstruct"]
@@ -115,7 +116,7 @@ def extrapolate(
                 folder = out / prediction.folder_name
                 out.mkdir(parents=True, exist_ok=True)
                 with element_bar(opened, prediction.folder_name) as advance:
-                    shards = observer.extrapolate(opened, t_cut, prediction)
+                    shards = predicting.extrapolate(opened, t_cut, prediction)
                     write_checkpoint(opened, shards, folder, provenance, progress=advance)
                 written.append({"path": str(folder), "method": one, "rank": rank, "t_cut": t_cut, "target": step})
                 if not as_json:

@@ -15,7 +15,7 @@ from relex_verl import tracking
 from relex_verl.advice import Advice, unscored
 from relex_verl.config import ConfigError, Plan, RelexConfig
 from relex_verl.hf_checkpoint import write_json
-from relex_verl.observer import Prediction
+from relex_verl.prediction import Prediction
 from relex_verl.report import horizon_figure, write_html
 from relex_verl.trajectory import TrajectoryError
 from relex_verl.verl_plugin.cut import Host, Verdict, decide

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from relex_verl.advice import Advice, advise, decides, unscored
 from relex_verl.config import Plan, RelexConfig
 from relex_verl.hf_checkpoint import write_json
-from relex_verl.observer import Prediction
+from relex_verl.prediction import Prediction
 from relex_verl.search import screen, search
 from relex_verl.verl_plugin.scoring import Validation
 

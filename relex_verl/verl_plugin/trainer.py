@@ -10,7 +10,7 @@ from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync, register_trainer
 from verl.utils.debug import marked_timer
 
-from relex_verl.observer import Prediction
+from relex_verl.prediction import Prediction
 from relex_verl.verl_plugin.callback import RelexCallback
 from relex_verl.verl_plugin.scoring import Probe, Validation, deadline, same_random_state
 from relex_verl.verl_plugin.worker import RelexActorWorker, RelexDetachActorWorker

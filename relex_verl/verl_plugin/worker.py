@@ -22,7 +22,8 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 from relex_verl import budget, collectives, report, tracking
 from relex_verl.diagnostics import describe, split_half_agreement
 from relex_verl.encodings import encoding_name
-from relex_verl.observer import Observer, Prediction
+from relex_verl.observer import Observer
+from relex_verl.prediction import Prediction
 from relex_verl.verl_plugin.source import EngineSource, has_float32_master
 
 __all__ = ["Answer", "RelexActorWorker", "RelexDetachActorWorker", "Setup"]

@@ -3,7 +3,7 @@ import torch
 from recorded import by_name, random_weights, record
 
 from relex_verl.baselines.weight_extrapolation import is_norm, two_point_factor, weight_extrapolation
-from relex_verl.observer import Prediction, extrapolate
+from relex_verl.prediction import Prediction, extrapolate
 from relex_verl.trajectory import TrajectoryError
 
 BASE = random_weights(scale=0.1)

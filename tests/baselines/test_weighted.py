@@ -5,7 +5,7 @@ from recorded import by_name, random_weights, record
 from relex_verl.baselines.weighted import weighted_tensors
 from relex_verl.extrapolators import fit_weights
 from relex_verl.gram import delta_gram
-from relex_verl.observer import Prediction, extrapolate
+from relex_verl.prediction import Prediction, extrapolate
 
 BASE = random_weights(scale=0.1)
 STATES = {step: random_weights(seed=step, scale=0.1) for step in (1, 2, 5)}

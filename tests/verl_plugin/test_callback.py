@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from relex_verl.advice import decides
 from relex_verl.config import ConfigError, RelexConfig
-from relex_verl.observer import Prediction
+from relex_verl.prediction import Prediction
 from relex_verl.trajectory import TrajectoryError
 from relex_verl.verl_plugin.callback import RelexCallback, RelexError
 from relex_verl.verl_plugin.cut import decide
