@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 
-from relex_verl import tracking
+from relex_verl import replay, tracking
 from relex_verl.diagnostics import backtest_error, backtest_ratio
-from relex_verl.extrapolators import METHODS, fit_weights, increment_coefficients, reconstruction_weights
-from relex_verl.gram import delta_gram
+from relex_verl.extrapolators import METHODS, fit_weights, reconstruction_weights
 from relex_verl.hf_checkpoint import BaseCheckpoint, write_json
 from relex_verl.ingest import Found, IngestError
 from relex_verl.ingest.layout import open_checkpoint
 from relex_verl.plots import Spread
-from relex_verl.prediction import Prediction, extrapolate, write_checkpoint
+from relex_verl.prediction import Prediction, check_method, extrapolate, write_checkpoint
 from relex_verl.shards import TensorShard
 from relex_verl.trajectory import Trajectory, TrajectoryError
 
@@ -53,12 +52,13 @@ def reconstruct(trajectory: Trajectory, step: int, rank: int, cut: int | None = 
     steps = trajectory.steps_until(cut)
     if step not in steps:
         raise TrajectoryError(f"--step {step} is not among the {len(steps)} observed steps {steps[0]} to {steps[-1]}")
-    weights_LT = reconstruction_weights(delta_gram(trajectory.increment_gram(cut)), steps.index(step), rank)
-    coefficients = dict(zip(trajectory.names, increment_coefficients(weights_LT).tolist(), strict=True))
+    weights_LT = reconstruction_weights(replay.gram(trajectory, cut), steps.index(step), rank)
+    coefficients_LK = trajectory.encoding.coefficients(weights_LT, steps)
+    coefficients = dict(zip(trajectory.names, coefficients_LK.tolist(), strict=True))
     accumulate = trajectory.encoding.accumulate
     return (
-        TensorShard(one.name, one.shape, one.placement, accumulate(one.last, one.increments, coefficients[one.name]))
-        for one in trajectory.histories(cut)
+        TensorShard(one.name, one.shape, one.placement, accumulate(one.anchor, one.parts, coefficients[one.name]))
+        for one in replay.histories(trajectory, cut)
     )
 
 
@@ -145,13 +145,14 @@ def compare(
         allow_pickle: use checkpoints that need unpickling.
         progress: called with the elements done.
     """
-    steps, gram_LTT = trajectory.steps_until(cut), delta_gram(trajectory.increment_gram(cut))
+    steps, gram_LTT = trajectory.steps_until(cut), replay.gram(trajectory, cut)
     found = []
     for checkpoint in checkpoints:
-        fits = {
-            method: increment_coefficients(fit_weights(gram_LTT, steps, checkpoint.step, method, rank)).tolist()
-            for method in methods
-        }
+        fits = {}
+        for method in methods:
+            check_method(trajectory.encoding, Prediction(method, checkpoint.step, rank), steps)
+            weights_LT = fit_weights(gram_LTT, steps, checkpoint.step, method, rank)
+            fits[method] = trajectory.encoding.coefficients(weights_LT, steps).tolist()
         with checkpoint.opened(allow_pickle) as folder:
             sums = _inner_products(trajectory, cut, fits, open_checkpoint(folder), progress)
         found += [
@@ -174,12 +175,12 @@ def _inner_products(
             raise IngestError(f"{truth.folder} does not hold {name} of shape {shape}: it is not of this run")
     position = {name: i for i, name in enumerate(trajectory.names)}
     sums = {method: [[0.0, 0.0, 0.0] for _ in position] for method in fits}
-    origins = trajectory.states(trajectory.window.origin_step)
-    for history, origin in zip(trajectory.histories(cut), origins, strict=True):
+    origins = replay.states(trajectory, trajectory.window.origin_step)
+    for history, origin in zip(replay.histories(trajectory, cut), origins, strict=True):
         start, i = origin.data.double(), position[history.name]
         true_delta = truth.read(history.name, history.placement).double() - start
-        for method, coefficients_LT in fits.items():
-            fit = (history.last, history.increments, coefficients_LT[i])
+        for method, coefficients_LK in fits.items():
+            fit = (history.anchor, history.parts, coefficients_LK[i])
             delta = trajectory.encoding.accumulate(*fit, torch.float64) - start
             products = (delta @ true_delta, delta @ delta, true_delta @ true_delta)
             sums[method][i] = [old + float(new) for old, new in zip(sums[method][i], products, strict=True)]

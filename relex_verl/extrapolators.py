@@ -115,12 +115,22 @@ EXPO_ALPHA = 0.5
 
 
 class Method(NamedTuple):
-    """One extrapolator: (G, steps, target, rank) -> a, its formula, where it comes from, how many rows it needs."""
+    """One extrapolator.
+
+    Attributes:
+        weights: (G, steps, target, rank) -> a.
+        formula: of a.
+        source: where it comes from.
+        min_rows: observed steps that it needs.
+        degree: of the polynomial over the steps that it fits, so that a sketch of more moments gives it; None for a method
+            that takes single rows.
+    """
 
     weights: Callable[..., torch.Tensor]
     formula: str
     source: str
     min_rows: int = 2
+    degree: int | None = None
 
 
 def _unit(gram_LTT: torch.Tensor, row: int) -> torch.Tensor:
@@ -185,7 +195,7 @@ def _hold(gram_LTT: torch.Tensor, steps: Sequence[int], target: float, rank: int
 
 
 METHODS: dict[str, Method] = {
-    "relex": Method(_relex, "U U^T l(target)", "Wei et al. 2026, Algorithm 2, arXiv:2605.21468"),
+    "relex": Method(_relex, "U U^T l(target)", "Wei et al. 2026, Algorithm 2, arXiv:2605.21468", degree=1),
     "anchored": Method(_anchored, "1_T + U U^T (l(target) - l(s_T))", "ours: keeps what rank r leaves out of theta_T"),
     "anchored-half": Method(
         _anchored_half, "anchored, U and l from the rows after the middle one, relative to it", "ours", min_rows=4
@@ -194,9 +204,9 @@ METHODS: dict[str, Method] = {
         _two_point, "(target / s_T) 1_T", "Wang et al. 2026, Weight Extrapolation, arXiv:2601.04537", 1
     ),
     "first-step": Method(_first_step, "(target / s_1) 1_1", "basetenlabs/relex-replication: W_0 + k (W_1 - W_0)", 1),
-    "raw-ols": Method(_raw_ols, "l(target)", "least squares on every raw weight; relex with rank T"),
+    "raw-ols": Method(_raw_ols, "l(target)", "least squares on every raw weight; relex with rank T", degree=1),
     "expo": Method(_expo, "(1 + 0.5) 1_T, whatever the target", "Zheng et al. 2025, ExPO, arXiv:2404.16792", 1),
-    "poly": Method(_poly, "U U^T p(target), p cubic", "Wei et al. 2026, Table 2, arXiv:2605.21468", min_rows=4),
+    "poly": Method(_poly, "U U^T p(target), p cubic", "Wei et al. 2026, Table 2, arXiv:2605.21468", 4, 3),
     "hold": Method(_hold, "1_T", "the last observed checkpoint: what every prediction has to beat", 1),
 }
 

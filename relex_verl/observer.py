@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from relex_verl import collectives
-from relex_verl.encodings import ENCODINGS, Encoding, PackedStep
-from relex_verl.gram import append_row, delta_gram
+from relex_verl.collectors import Held, collector_of
+from relex_verl.encodings import ENCODINGS, Encoding, RowEncoding
 from relex_verl.hf_checkpoint import BaseCheckpoint, CheckpointWriter, resolve_model
 from relex_verl.prediction import Prediction, predicted_tensors
+from relex_verl.replay import ShardHistory
 from relex_verl.shards import Placement, ShardSource, TensorShard, check_cover, share_out
-from relex_verl.trajectory import ShardHistory, Trajectory, TrajectoryError, TrajectoryIndex, Window
+from relex_verl.trajectory import Trajectory, TrajectoryError, TrajectoryIndex, Window
 
 __all__ = ["Observation", "Observer"]
 
@@ -32,22 +33,14 @@ class Observation:
 
     Attributes:
         step: the training step.
-        changed_share: share of the weights whose change since the row before was not 0 (as the encoding keeps it).
-        stored_bytes: bytes that the trajectory holds on disk.
+        changed_share: share of the weights whose change since the row before was not 0 (as the encoding keeps it); NaN for a
+            sketch, which does not keep the row before.
+        stored_bytes: bytes that the trajectory holds (those of a sketch are written by `save`).
     """
 
     step: int
     changed_share: float
     stored_bytes: int
-
-
-@dataclass
-class _Held:
-    """A shard that this rank is the one to count."""
-
-    shape: tuple[int, ...]
-    placement: Placement
-    last: torch.Tensor  # (n,) on the host, the weights at the last observed row in the encoding's dtype
 
 
 class Observer:
@@ -72,11 +65,9 @@ class Observer:
         self.encoding: Encoding = ENCODINGS[encoding]
         self.folder, self.base_model, self.aliases, self.run = folder, base_model, dict(aliases), dict(run)
         self.base = BaseCheckpoint(resolve_model(base_model))
-        self.held: dict[str, _Held] = {}
+        self.collector = collector_of(encoding)
+        self.held: dict[str, Held] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}  # of all tensors of all ranks, in the order of the stacks
-        self.packed: list[PackedStep[Any]] = []
-        self.steps: list[int] = []
-        self.increment_gram_LTT = torch.zeros(0, 0, 0, dtype=torch.float64)
         self.stored_bytes = 0
         self._trajectory: Trajectory | None = None
 
@@ -97,9 +88,9 @@ class Observer:
             self.shapes = check_cover(counted)
             for shard in source:
                 if shard.name in mine:
-                    last = shard.data.detach().to("cpu", self.encoding.dtype, copy=True)
-                    self.held[shard.name] = _Held(shard.shape, shard.placement, last)
-            self.increment_gram_LTT = torch.zeros(len(self.shapes), 0, 0, dtype=torch.float64)
+                    state = shard.data.detach().to("cpu", self.encoding.dtype, copy=True)
+                    self.held[shard.name] = Held(shard.shape, shard.placement, state)
+            self.collector.begin(self.held, len(self.shapes))
 
     def open(self, step: int) -> None:
         """Begin a trajectory on disk, or go on with the one of this run after `step` (0: from the start).
@@ -112,7 +103,7 @@ class Observer:
             if (self.folder / "index.json").exists():
                 existing = Trajectory(self.folder)
                 self._check_same_run(existing)
-        if existing is not None and any(observed <= step for observed in existing.steps):
+        if existing is not None and existing.kept_after(step):
             self._resume(existing, step)
         else:
             self._create()
@@ -121,7 +112,7 @@ class Observer:
         is_base = False
         with _together():
             is_base = all(
-                torch.equal(_bits(self.base.read(name, held.placement).to(self.encoding.dtype)), _bits(held.last))
+                torch.equal(_bits(self.base.read(name, held.placement).to(self.encoding.dtype)), _bits(held.state))
                 for name, held in self.held.items()
             )
         everywhere_base = all(collectives.gather(is_base))
@@ -137,7 +128,7 @@ class Observer:
                 )
             self._trajectory = Trajectory(self.folder)
             placements = {name: held.placement for name, held in self.held.items()}
-            parts = None if everywhere_base else [held.last for held in self.held.values()]
+            parts = None if everywhere_base else [held.state for held in self.held.values()]
             self._trajectory.declare_rank(collectives.rank(), placements, parts)
 
     def _new_index(self, origin: str) -> TrajectoryIndex:
@@ -152,19 +143,20 @@ class Observer:
             placements = existing.placements(rank)
             if placements != {name: held.placement for name, held in self.held.items()}:
                 raise TrajectoryError(f"{self.folder} was written with the weights cut otherwise between the ranks")
-            existing.window.steps = existing.steps_until(step)
-            for history in existing.histories(step, ranks=[rank]):
-                self.held[history.name].last = history.last
-            self.steps = list(existing.steps)
-            self.packed = [existing.load(rank, observed) for observed in self.steps]
-            self.increment_gram_LTT = existing.increment_gram()
+            existing.forget(step)
+            self.collector.resume(existing, rank, step)
         with _together():
             if rank == 0:
                 existing.truncate(step)
-        self.stored_bytes = sum(collectives.gather(sum(packed.nbytes for packed in self.packed)))
+        self.stored_bytes = sum(collectives.gather(self.collector.nbytes))
         self._trajectory = existing
 
     # Observe
+
+    @property
+    def steps(self) -> list[int]:
+        """The observed steps."""
+        return self.collector.steps
 
     def observe(self, step: int, source: ShardSource) -> Observation:
         """Add one row: the change of every tensor since the row before. Nothing is kept of it if a rank fails.
@@ -172,50 +164,55 @@ class Observer:
         Raises:
             ValueError: weights that are not finite; shards that differ from the first time.
         """
-        increments: list[Any] = []
-        row_LT = torch.zeros(len(self.shapes), len(self.packed) + 1, dtype=torch.float64)
         with _together():
-            increments = self._encode(source, row_LT)
-            packed = PackedStep.pack(self.encoding.increment, increments, row_LT[self._rows_held()])
-            self.trajectory.append(collectives.rank(), step, packed)
+            figures_lk, changed, file = self.collector.take(step, self._counted(source))
+            if file is not None:
+                self.trajectory.append(collectives.rank(), step, file)
+        figures_Lk = torch.zeros(len(self.shapes), figures_lk.shape[1], dtype=torch.float64)
+        figures_Lk[self._rows_held()] = figures_lk
         elements = sum(held.placement.numel for held in self.held.values())
-        changed = sum(increment.changed for increment in increments)
-        counts = torch.tensor([changed, elements, packed.nbytes], dtype=torch.float64)
-        total = collectives.sum_over_ranks(torch.cat([row_LT.flatten(), counts]))
+        written = 0 if file is None else file.nbytes
+        counts = torch.tensor([changed, elements, written], dtype=torch.float64)
+        total = collectives.sum_over_ranks(torch.cat([figures_Lk.flatten(), counts]))
+        if file is not None:
+            self._commit(step)
+        # From here on nothing can fail on one rank alone.
+        self.collector.keep(step, total[:-3].view_as(figures_Lk))
+        changed, elements, written = total[-3:].tolist()
+        self.stored_bytes += int(written)
+        return Observation(step, changed / elements, self.stored_bytes)
+
+    def save(self) -> None:
+        """Put on disk what only memory holds, for a run that resumes after this step: a sketch. Rows are there already."""
+        with _together():
+            whole = self.collector.snapshot()
+            if whole is not None:
+                self.trajectory.append(collectives.rank(), self.steps[-1], whole)
+        if whole is not None:
+            with _together():
+                if collectives.rank() == 0:
+                    self.trajectory.commit_sketch(self.steps)
+            self.stored_bytes = int(collectives.sum_over_ranks(torch.tensor([float(whole.nbytes)])).item())
+
+    def _commit(self, step: int) -> None:
         with _together():
             if collectives.rank() == 0:
                 self.trajectory.commit(step)
             else:
                 self.trajectory.steps.append(step)
-        # From here on nothing can fail on one rank alone.
-        self.increment_gram_LTT = append_row(self.increment_gram_LTT, total[:-3].view_as(row_LT))
-        self.packed.append(packed)
-        self.steps.append(step)
-        for i, held in enumerate(self.held.values()):
-            self.encoding.advance(held.last, packed.increment(i))
-        changed, elements, nbytes = total[-3:].tolist()
-        self.stored_bytes += int(nbytes)
-        return Observation(step, changed / elements, self.stored_bytes)
 
-    def _encode(self, source: ShardSource, row_LT: torch.Tensor) -> list[Any]:
-        """This rank's increments; its part of the new row of H, (L, t + 1), goes into `row_LT`."""
-        increments: list[Any] = []
-        names, positions = list(self.held), self._rows_held()
+    def _counted(self, source: ShardSource) -> Iterator[tuple[int, Held, torch.Tensor]]:
+        """The shards that this rank counts, with their positions: all of them, in the same order as at the start."""
+        names, i = list(self.held), 0
         for shard in source:
             if shard.name not in self.held:
                 continue
-            i, held = len(increments), self.held[shard.name]
-            if shard.name != names[i] or shard.placement != held.placement:
+            if i == len(names) or shard.name != names[i] or shard.placement != self.held[names[i]].placement:
                 raise ValueError(f"{shard.name}: the engine cuts or orders its weights otherwise than at the start")
-            increment = self.encoding.encode(held.last, shard.data.detach())
-            history = [packed.increment(i) for packed in self.packed]
-            row_LT[positions[i]] = self.encoding.dots([*history, increment], len(held.last), shard.data.device)
-            increments.append(increment)
-        if len(increments) != len(names):
-            raise ValueError(
-                f"the engine handed out {len(increments)} of the {len(names)} shards that it had at the start"
-            )
-        return increments
+            yield i, self.held[shard.name], shard.data.detach()
+            i += 1
+        if i != len(names):
+            raise ValueError(f"the engine handed out {i} of the {len(names)} shards that it had at the start")
 
     def _rows_held(self) -> list[int]:
         """Positions in the stacks of the tensors that this rank holds."""
@@ -225,18 +222,20 @@ class Observer:
     # Predict
 
     def gram(self) -> torch.Tensor:
-        """G of all rows so far, (L, T, T), the same on every rank."""
-        return delta_gram(self.increment_gram_LTT)
+        """G of all rows so far, (L, T, T), the same on every rank; for a sketch smoothed to polynomials."""
+        return self.collector.gram()
 
     def histories(self) -> Iterator[ShardHistory]:
-        """This rank's shards with all their increments, in the order of the stacks."""
+        """This rank's shards with all that is kept of them, in the order of the stacks."""
         index = {name: i for i, name in enumerate(self.held)}
+        from_last = isinstance(self.encoding, RowEncoding) and self.encoding.anchor_is_last
+        placements = {name: held.placement for name, held in self.held.items()}
+        origin = self.trajectory.origin(collectives.rank(), self.base, placements)
         for name in self.shapes:
-            if name not in self.held:
-                continue
-            i, held = index[name], self.held[name]
-            increments = [packed.increment(i) for packed in self.packed]
-            yield ShardHistory(name, held.shape, held.placement, held.last, increments)
+            if name in self.held:
+                held = self.held[name]
+                anchor = held.state if from_last else origin[name]
+                yield ShardHistory(name, held.shape, held.placement, anchor, self.collector.parts(index[name]))
 
     def predicted_tensors(self, prediction: Prediction) -> Iterator[TensorShard]:
         """This rank's part of the predicted checkpoint, tensor by tensor."""

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from relex_verl.encodings import Encoding
-from relex_verl.extrapolators import fit_weights, increment_coefficients
-from relex_verl.gram import delta_gram
+from relex_verl import replay
+from relex_verl.encodings import Encoding, SketchEncoding
+from relex_verl.extrapolators import METHODS, fit_weights
 from relex_verl.hf_checkpoint import CheckpointWriter
+from relex_verl.replay import ShardHistory
 from relex_verl.shards import TensorShard
-from relex_verl.trajectory import ShardHistory, Trajectory
+from relex_verl.trajectory import Trajectory
 
-__all__ = ["Prediction", "extrapolate", "predicted_tensors", "write_checkpoint"]
+__all__ = ["Prediction", "check_method", "extrapolate", "predicted_tensors", "write_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,26 @@ class Prediction:
         return f"{self.method}-step_{self.target}"
 
 
+def check_method(encoding: Encoding, prediction: Prediction, steps: Sequence[int]) -> None:
+    """Refuse what a sketch cannot give: it knows the steps' polynomials, no single one of them.
+
+    Raises:
+        ValueError: with the cure.
+    """
+    if not isinstance(encoding, SketchEncoding):
+        return
+    method, rank, fit_from = prediction.method, prediction.rank, prediction.fit_from
+    fitting = [name for name, known in METHODS.items() if known.degree is not None and known.degree < encoding.size]
+    if method not in fitting:
+        raise ValueError(
+            f"{method} cannot be predicted from a sketch of size {encoding.size}: use {', '.join(fitting)}"
+        )
+    if rank > encoding.size:
+        raise ValueError(f"rank {rank} is more than a sketch of size {encoding.size} holds")
+    if fit_from > steps[0]:
+        raise ValueError(f"fit_from {fit_from}: a sketch cannot leave out steps that it holds, the first is {steps[0]}")
+
+
 def predicted_tensors(
     histories: Iterable[ShardHistory],
     encoding: Encoding,
@@ -41,21 +62,25 @@ def predicted_tensors(
     steps: Sequence[int],
     prediction: Prediction,
 ) -> Iterator[TensorShard]:
-    """theta_hat of each shard: theta_last + sum_t (w_t - 1) e_t (DESIGN: one weight vector a tensor, from G alone).
+    """theta_hat of each shard, theta_0 + sum_t a_t delta_t, summed over what its encoding keeps.
 
     Args:
-        histories: shards with all increments of `steps`.
-        encoding: of the increments.
+        histories: shards with all that is kept of `steps`.
+        encoding: how it is kept.
         names: of the tensors, in the order of the stack.
         gram_LTT: G, (L, T, T).
         steps: the T real step numbers.
         prediction: the method, its rank and the target.
+
+    Raises:
+        ValueError: a method that needs single rows, from a sketch.
     """
     method, target, rank, fit_from = prediction.method, prediction.target, prediction.rank, prediction.fit_from
+    check_method(encoding, prediction, steps)
     weights_LT = fit_weights(gram_LTT, steps, target, method, rank, fit_from)
-    coefficients = dict(zip(names, increment_coefficients(weights_LT).tolist(), strict=True))
+    coefficients = dict(zip(names, encoding.coefficients(weights_LT, steps).tolist(), strict=True))
     for history in histories:
-        data = encoding.accumulate(history.last, history.increments, coefficients[history.name])
+        data = encoding.accumulate(history.anchor, history.parts, coefficients[history.name])
         yield TensorShard(history.name, history.shape, history.placement, data)
 
 
@@ -96,6 +121,6 @@ def extrapolate(trajectory: Trajectory, cut: int, prediction: Prediction) -> Ite
         TrajectoryError: too few steps up to the cut.
     """
     steps = trajectory.steps_until(cut)
-    gram_LTT = delta_gram(trajectory.increment_gram(cut))
-    histories = trajectory.histories(cut)
+    gram_LTT = replay.gram(trajectory, cut)
+    histories = replay.histories(trajectory, cut)
     return predicted_tensors(histories, trajectory.encoding, trajectory.names, gram_LTT, steps, prediction)

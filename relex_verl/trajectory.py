@@ -6,6 +6,9 @@
       rank_00000/origin.safetensors  theta_0, only when it is not the base model
       rank_00000/step_000001.safetensors   one increment of every tensor, and this rank's part of the new row of H
 
+A sketch has a file only for the steps at which it was stored: the moments of every tensor over all steps so far. The last
+two are kept, so that a run killed between its checkpoint and ours can resume from the one before.
+
 Every file is written to a temporary name and renamed. A step counts when the index names it, and the index is rewritten
 after all ranks have written their files; what a killed run leaves beyond that is ignored, and overwritten by the next.
 A trajectory is a list of windows, each with its own origin; what reads or writes one here works on the last.
@@ -13,24 +16,25 @@ A trajectory is a list of windows, each with its own origin; what reads or write
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from relex_verl.encodings import ENCODINGS, Encoding, PackedStep, StoredStep
-from relex_verl.gram import append_row
+from relex_verl.encodings import ENCODINGS, Encoding, PackedStep, RowEncoding, SketchEncoding, StoredStep
 from relex_verl.hf_checkpoint import BaseCheckpoint, resolve_model, write_json
-from relex_verl.shards import Placement, TensorShard
+from relex_verl.shards import Placement
+from relex_verl.trajectory_index import SCHEMA_VERSION, TrajectoryError, TrajectoryIndex, Window, step_ranges
 
 __all__ = [
     "SCHEMA_VERSION",
-    "ShardHistory",
+    "Origin",
     "Trajectory",
     "TrajectoryError",
     "TrajectoryIndex",
@@ -38,60 +42,8 @@ __all__ = [
     "step_ranges",
 ]
 
-SCHEMA_VERSION = 1
-
-
-class TrajectoryError(RuntimeError):
-    """A trajectory that is missing, damaged, or of another run."""
-
-
-@dataclass
-class Window:
-    """A stretch of observation from one origin theta_0.
-
-    Attributes:
-        origin_step: the training step of theta_0.
-        origin: "base" when theta_0 is the base model (in the encoding's dtype), "stored" when each rank holds its own copy.
-        steps: the committed steps, ascending.
-    """
-
-    origin_step: int = 0
-    origin: str = "base"
-    steps: list[int] = field(default_factory=list)
-
-
-@dataclass
-class TrajectoryIndex:
-    """What index.json says.
-
-    Attributes:
-        base_model: folder or Hub id of the base.
-        encoding: how increments are kept.
-        world_size: number of rank folders.
-        tensors: name -> shape, in the order of the stacks (L, ...).
-        aliases: tied name -> the name in `tensors` that holds its elements.
-        run: what identifies the training run.
-        windows: at least one.
-    """
-
-    base_model: str
-    encoding: str
-    world_size: int
-    tensors: dict[str, list[int]]
-    aliases: dict[str, str]
-    run: dict[str, Any]
-    windows: list[Window] = field(default_factory=lambda: [Window()])
-    schema_version: int = SCHEMA_VERSION
-
-
-class ShardHistory(NamedTuple):
-    """All that is known of one shard up to some step."""
-
-    name: str
-    shape: tuple[int, ...]
-    placement: Placement
-    last: torch.Tensor  # (n,) at the last of the steps, in the encoding's dtype
-    increments: list[Any]
+# Files of a sketch that are kept.
+KEPT_SKETCHES = 2
 
 
 class Trajectory:
@@ -146,10 +98,26 @@ class Trajectory:
         self.window.steps.append(step)
         write_json(self.folder / "index.json", asdict(self.index))
 
+    def commit_sketch(self, steps: Sequence[int]) -> None:
+        """Name a stored sketch of these steps in the index, and delete all but the last few files."""
+        self.window.steps = list(steps)
+        *old, _ = self.window.stored = [*(step for step in self.window.stored if step < steps[-1]), steps[-1]]
+        dropped = old[: max(0, len(old) + 1 - KEPT_SKETCHES)]
+        self.window.stored = self.window.stored[-KEPT_SKETCHES:]
+        write_json(self.folder / "index.json", asdict(self.index))
+        for step in dropped:
+            for rank in range(self.index.world_size):
+                self._step_file(rank, step).unlink(missing_ok=True)
+
     def truncate(self, after: int) -> None:
         """Forget the steps after this one (a resumed run trains them again)."""
-        self.window.steps = [step for step in self.steps if step <= after]
+        self.forget(after)
         write_json(self.folder / "index.json", asdict(self.index))
+
+    def forget(self, after: int) -> None:
+        """The same in memory alone: what a rank does that does not write the index."""
+        self.window.steps = self.kept_after(after)
+        self.window.stored = [step for step in self.window.stored if step <= after]
 
     # Reading
 
@@ -174,8 +142,26 @@ class Trajectory:
 
     @property
     def encoding(self) -> Encoding:
-        """How its increments are kept."""
+        """How it is kept."""
         return ENCODINGS[self.index.encoding]
+
+    def row_encoding(self) -> RowEncoding:
+        """How its increments are kept.
+
+        Raises:
+            TrajectoryError: it is a sketch, and has none.
+        """
+        if not isinstance(self.encoding, RowEncoding):
+            raise TrajectoryError(
+                f"{self.folder} is a sketch: it keeps polynomials over the steps, not the observed steps themselves. "
+                "For this, observe with relex.trajectory=fp32 or bf16"
+            )
+        return self.encoding
+
+    @property
+    def is_sketch(self) -> bool:
+        """Whether it keeps moments instead of rows."""
+        return isinstance(self.encoding, SketchEncoding)
 
     def placements(self, rank: int) -> dict[str, Placement]:
         """Which elements of which tensors a rank holds.
@@ -199,7 +185,7 @@ class Trajectory:
         try:
             with safe_open(path, framework="pt") as handle:
                 arrays = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-                return PackedStep(self.encoding.increment, arrays)
+                return PackedStep(self.encoding.part, arrays)
         except Exception as error:
             raise TrajectoryError(f"{path} cannot be read: {error}") from error
 
@@ -211,106 +197,64 @@ class Trajectory:
         """
         path = self._step_file(rank, step)
         try:
-            return StoredStep(self.encoding.increment, path)
+            return StoredStep(self.encoding.part, path)
         except Exception as error:
             raise TrajectoryError(f"{path} cannot be read: {error}") from error
+
+    def kept_after(self, step: int) -> list[int]:
+        """The steps that a run resumed after `step` goes on with: for a sketch, those of its last file up to there."""
+        last = step if not self.is_sketch else max((one for one in self.window.stored if one <= step), default=0)
+        return [one for one in self.steps if one <= last]
 
     def steps_until(self, cut: int | None) -> list[int]:
         """The committed steps up to a cut (all of them for None).
 
         Raises:
-            TrajectoryError: there is none.
+            TrajectoryError: there is none; a sketch was not stored at the last of them.
         """
         steps = [step for step in self.steps if cut is None or step <= cut]
         if not steps:
             raise TrajectoryError(f"{self.folder} holds no step up to {cut}; it holds {self.steps or 'none'}")
+        if self.is_sketch and steps[-1] not in self.window.stored:
+            raise TrajectoryError(
+                f"{self.folder} is a sketch, and can be cut only where it was stored: at {step_ranges(self.window.stored)}"
+            )
         return steps
 
-    def increment_gram(self, cut: int | None = None) -> torch.Tensor:
-        """H of the steps up to the cut, (L, T, T), summed over the ranks."""
-        steps = self.steps_until(cut)
-        position = {name: i for i, name in enumerate(self.names)}
-        rows = [torch.zeros(len(position), t + 1, dtype=torch.float64) for t in range(len(steps))]
-        for rank in range(self.index.world_size):
-            placements = self.placements(rank)
-            where = torch.tensor([position[name] for name in placements], dtype=torch.int64)
-            for row, step in zip(rows, steps, strict=True):
-                row[where] += self.load(rank, step).arrays["gram_row"]
-        gram_LTT = torch.zeros(len(position), 0, 0, dtype=torch.float64)
-        for row in rows:
-            gram_LTT = append_row(gram_LTT, row)
-        return gram_LTT
-
-    def origin(self, rank: int, base: BaseCheckpoint, placements: Mapping[str, Placement]) -> Iterator[torch.Tensor]:
-        """A rank's part of theta_0, tensor by tensor, (n,) in the encoding's dtype."""
-        if self.window.origin == "base":
-            yield from (base.read(name, placement).to(self.encoding.dtype) for name, placement in placements.items())
-            return
-        with safe_open(self._rank_folder(rank) / "origin.safetensors", framework="pt") as handle:
-            flat = handle.get_tensor("origin")
-        yield from flat.split([placement.numel for placement in placements.values()])
-
-    def histories(self, cut: int | None = None, ranks: Sequence[int] | None = None) -> Iterator[ShardHistory]:
-        """Every shard with its increments up to the cut and its weights at the last of them, one at a time."""
-        steps, base = self.steps_until(cut), self.base()
-        for rank in range(self.index.world_size) if ranks is None else ranks:
-            placements = self.placements(rank)
-            packed = [self.stored(rank, step) for step in steps]
-            origins = self.origin(rank, base, placements)
-            for i, ((name, placement), origin) in enumerate(zip(placements.items(), origins, strict=True)):
-                increments = [one.increment(i) for one in packed]
-                state = origin.clone()  # it may be a view of a memory-mapped file
-                for increment in increments:
-                    self.encoding.advance(state, increment)
-                yield ShardHistory(name, tuple(self.index.tensors[name]), placement, state, increments)
+    def origin(self, rank: int, base: BaseCheckpoint, placements: Mapping[str, Placement]) -> "Origin":
+        """A rank's part of theta_0."""
+        stored = None if self.window.origin == "base" else self._rank_folder(rank) / "origin.safetensors"
+        return Origin(base, placements, stored, self.encoding.dtype)
 
     @property
     def elements(self) -> int:
         """Parameters of the observed tensors."""
         return sum(prod(shape) for shape in self.index.tensors.values())
 
-    def error_bound(self, step: int) -> float:
-        """How far a weight of `states(step)` can be from the engine's own: 0 for bf16, half a quantum for fp32."""
-        if step == self.window.origin_step:
-            return 0.0
-        self._check_observed(step)
-        increments = (
-            self.load(rank, step).increment(i)
-            for rank in range(self.index.world_size)
-            for i in range(len(self.placements(rank)))
-        )
-        return max((self.encoding.error_bound(increment) for increment in increments), default=0.0)
-
-    def states(self, step: int) -> Iterator[TensorShard]:
-        """Every shard as it was at an observed step or at the origin: bit for bit for bf16, the reconstruction for fp32.
-
-
-        Raises:
-            TrajectoryError: the step was not observed.
-        """
-        if step == self.window.origin_step:
-            yield from self._origins()
-            return
-        self._check_observed(step)
-        for history in self.histories(step):
-            yield TensorShard(history.name, history.shape, history.placement, history.last)
-
-    def _check_observed(self, step: int) -> None:
-        if step not in self.steps:
-            raise TrajectoryError(f"step {step} was not observed; {self.folder} holds {step_ranges(self.steps)}")
-
-    def _origins(self) -> Iterator[TensorShard]:
-        base = self.base()
-        for rank in range(self.index.world_size):
-            placements = self.placements(rank)
-            for (name, placement), data in zip(placements.items(), self.origin(rank, base, placements), strict=True):
-                yield TensorShard(name, tuple(self.index.tensors[name]), placement, data)
-
     def _step_file(self, rank: int, step: int) -> Path:
         return self._rank_folder(rank) / f"step_{step:06d}.safetensors"
 
     def _rank_folder(self, rank: int) -> Path:
         return self.folder / f"rank_{rank:05d}"
+
+
+class Origin:
+    """A rank's part of theta_0, read from disk tensor by tensor: origin[name] is (n,) in the encoding's dtype."""
+
+    def __init__(
+        self, base: BaseCheckpoint, placements: Mapping[str, Placement], stored: Path | None, dtype: torch.dtype
+    ) -> None:
+        """Args: the base model, what the rank holds, and the file of its own copy where theta_0 is not the base."""
+        self._base, self._placements, self._stored, self._dtype = base, placements, stored, dtype
+        ends = accumulate(placement.numel for placement in placements.values())
+        self._end = dict(zip(placements, ends, strict=True))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        placement = self._placements[name]
+        if self._stored is None:
+            return self._base.read(name, placement).to(self._dtype)
+        with safe_open(self._stored, framework="pt") as handle:
+            return handle.get_slice("origin")[self._end[name] - placement.numel : self._end[name]]
 
 
 def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -321,14 +265,3 @@ def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         temporary.unlink(missing_ok=True)  # a full disk keeps no half of a file
         raise
     os.replace(temporary, path)
-
-
-def step_ranges(steps: Sequence[int]) -> str:
-    """Step numbers for people: 1-5, 8, 10-12."""
-    parts: list[list[int]] = []
-    for step in steps:
-        if parts and step == parts[-1][-1] + 1:
-            parts[-1] = [parts[-1][0], step]
-        else:
-            parts.append([step])
-    return ", ".join("-".join(map(str, part)) for part in parts) or "none"

@@ -11,8 +11,18 @@ import relex_verl
 
 PACKAGE = Path(relex_verl.__file__).parent
 FLOORS = [
-    {"gram", "extrapolators", "diagnostics", "advice", "search"},
-    {"config", "shards", "encodings", "trajectory", "budget", "hf_checkpoint"},
+    {"gram", "sketch", "extrapolators", "diagnostics", "advice", "search"},
+    {
+        "config",
+        "shards",
+        "encodings",
+        "trajectory",
+        "trajectory_index",
+        "replay",
+        "collectors",
+        "budget",
+        "hf_checkpoint",
+    },
     {"collectives", "tracking", "plots", "report"},
     {"observer", "prediction", "ingest", "analysis", "sharing", "cli", "baselines"},
     {"verl_plugin"},

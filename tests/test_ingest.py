@@ -13,6 +13,7 @@ from fakes import DriftingModel, RankSource, tiny_base
 from safetensors.torch import load_file, save_file
 
 from relex_verl import ingest as ingesting
+from relex_verl import replay
 from relex_verl import trajectory as store
 from relex_verl.hf_checkpoint import BaseCheckpoint
 from relex_verl.ingest import IngestError, Options, find_checkpoints, find_revisions, ingest, select_steps
@@ -68,9 +69,9 @@ def test_every_checkpoint_comes_back(tmp_path, dtype, inside):
     assert trajectory.steps == list(STEPS)
     assert trajectory.index.encoding == ("bf16" if dtype == torch.bfloat16 else "fp32-int8")
     for step in STEPS:
-        bound = trajectory.error_bound(step)
+        bound = replay.error_bound(trajectory, step)
         truth = read(tmp_path / "run" / f"global_step_{step}" / inside)
-        for shard in trajectory.states(step):
+        for shard in replay.states(trajectory, step):
             true = truth[shard.name].flatten().float()
             assert torch.allclose(shard.data.float(), true, rtol=1e-6, atol=bound * 1.001), (step, shard.name)
         if dtype == torch.bfloat16:
@@ -88,7 +89,7 @@ def test_the_same_bits_as_a_run_that_observed_itself(tmp_path, encoding):
     for step in STEPS:
         observer.observe(step, RankSource({name: one.to(dtype) for name, one in model.at(step).items()}))
     online, offline = Trajectory(tmp_path / "online"), run(tmp_path)
-    assert torch.equal(online.increment_gram(), offline.increment_gram())
+    assert torch.equal(replay.increment_gram(online), replay.increment_gram(offline))
     here, there = predicted(offline), predicted(online)
     assert here.keys() == there.keys()
     assert all(torch.equal(here[name], there[name]) for name in here)
@@ -99,9 +100,9 @@ def test_ingesting_the_checkouts_gives_the_same_gram_and_prediction(finished):
     for step in STEPS:
         folder = finished / "again" / f"step_{step}"
         folder.parent.mkdir(exist_ok=True)
-        write_checkpoint(first, first.states(step), folder, {}, first.encoding.dtype)
+        write_checkpoint(first, replay.states(first, step), folder, {}, first.encoding.dtype)
     second = ingest(str(finished / "base"), find_checkpoints(finished / "again"), "again", finished / "t2")
-    assert torch.equal(first.increment_gram(), second.increment_gram())
+    assert torch.equal(replay.increment_gram(first), replay.increment_gram(second))
     here, there = predicted(first), predicted(second)
     assert all(torch.equal(here[name], there[name]) for name in here)
 
@@ -144,7 +145,7 @@ def test_an_interrupted_pass_goes_on(finished):
     seen = []
     resumed = run(finished, progress=lambda one: seen.append(one.step))
     assert seen == [5, 9]
-    assert torch.equal(whole.increment_gram(), resumed.increment_gram())
+    assert torch.equal(replay.increment_gram(whole), replay.increment_gram(resumed))
     assert run(finished, progress=lambda one: seen.append(one.step)).steps == list(STEPS)
     assert seen == [5, 9]
 
@@ -223,7 +224,7 @@ def test_no_space_for_a_checkpoint_leaves_no_half(finished, monkeypatch):
 
     monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(OSError, match="No space left"):
-        write_checkpoint(trajectory, trajectory.states(1), finished / "checkout")
+        write_checkpoint(trajectory, replay.states(trajectory, 1), finished / "checkout")
     assert [path for path in finished.iterdir() if "checkout" in path.name] == []
 
 
@@ -263,7 +264,7 @@ def test_pickle_is_refused_unless_allowed_and_then_loaded_with_care(finished):
         run(finished)
     assert not (finished / "trajectory").exists()
     loaded = run(finished, options=Options(allow_pickle=True))
-    assert torch.equal(loaded.increment_gram(), exact.increment_gram())
+    assert torch.equal(replay.increment_gram(loaded), replay.increment_gram(exact))
     torch.save({"bad": Path}, finished / "run/global_step_1/pytorch_model.bin")
     with pytest.raises(IngestError, match="weights_only=True"):
         run(finished, "evil", options=Options(allow_pickle=True))
@@ -282,7 +283,7 @@ def test_verl_shards_through_verls_merger(tmp_path):
         run(tmp_path)
     trajectory = run(tmp_path, options=Options(allow_pickle=True, any_base=True))
     truth = read(base)
-    for shard in trajectory.states(4):
+    for shard in replay.states(trajectory, 4):
         assert torch.equal(shard.data, truth[shard.name].flatten().bfloat16()), shard.name
     (actor / "model_world_size_2_rank_1.pt").unlink()
     with pytest.raises(IngestError, match=r"ranks \[1\] of 2 are missing"):
@@ -358,7 +359,7 @@ def test_revisions_of_a_hub_repository(hub, monkeypatch):
     found = find_revisions("some/run", "step_{N}")
     assert [one.step for one in found] == list(STEPS)
     trajectory = ingest(str(hub / "base"), found, "hub:some/run", hub / "trajectory")
-    assert torch.equal(trajectory.increment_gram(), local.increment_gram())
+    assert torch.equal(replay.increment_gram(trajectory), replay.increment_gram(local))
     assert len(opened) >= len(STEPS)
     assert not any(folder.exists() for folder in opened)
 

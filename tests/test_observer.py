@@ -11,9 +11,9 @@ from fakes import DriftingModel, RankSource, tiny_base
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from relex_verl import replay
 from relex_verl.collectives import PeerError
 from relex_verl.encodings import ENCODINGS
-from relex_verl.gram import delta_gram
 from relex_verl.hf_checkpoint import BaseCheckpoint
 from relex_verl.observer import Observer
 from relex_verl.prediction import Prediction, extrapolate, write_checkpoint
@@ -105,7 +105,7 @@ def test_bf16_prediction_is_the_dense_one(base: Path, two_ranks: dict[str, Path]
     wrong = sum(int((written[name] != expected[name].to(torch.bfloat16)).sum()) for name in written)
     assert wrong <= 1e-5 * total
     trajectory = Trajectory(out / "trajectory")
-    gram = delta_gram(trajectory.increment_gram())
+    gram = replay.gram(trajectory)
     for i, name in enumerate(trajectory.names):
         deltas = torch.stack([(s[name].double() - states[0][name].double()).flatten() for s in states[1:]])
         torch.testing.assert_close(
@@ -140,7 +140,7 @@ def test_states_are_bit_for_bit(base: Path, two_ranks: dict[str, Path]) -> None:
     trajectory, model = Trajectory(two_ranks["bf16"] / "trajectory"), DriftingModel(weights_of(base))
     for step in [0, *STEPS]:
         expected, seen = model.at(step), dict.fromkeys(trajectory.names, 0)
-        for shard in trajectory.states(step):
+        for shard in replay.states(trajectory, step):
             flat = expected[shard.name].to(torch.bfloat16).flatten()
             for local, full, length in shard.placement.runs():
                 part = shard.data[local : local + length]
@@ -193,7 +193,7 @@ def test_origin_that_is_not_the_base_is_stored(base: Path, tmp_path: Path) -> No
     trajectory = Trajectory(tmp_path / "trajectory")
     assert trajectory.window.origin == "stored"
     for step, expected in ((0, start), (1, moved)):
-        for shard in trajectory.states(step):
+        for shard in replay.states(trajectory, step):
             assert torch.equal(shard.data, expected[shard.name].to(torch.bfloat16).flatten())
 
 
@@ -252,7 +252,7 @@ def test_a_gap_between_the_shards_is_refused(base: Path, tmp_path: Path) -> None
 def test_memory_of_the_observer(base: Path, tmp_path: Path) -> None:
     """State and increments only: nothing grows beside what the encoding says."""
     observer = train(tmp_path, base, "fp32-int8")
-    elements = sum(held.last.numel() for held in observer.held.values())
-    assert all(held.last.dtype == ENCODINGS["fp32-int8"].dtype for held in observer.held.values())
-    codes = sum(packed.arrays["code"].nbytes for packed in observer.packed)
+    elements = sum(held.state.numel() for held in observer.held.values())
+    assert all(held.state.dtype == ENCODINGS["fp32-int8"].dtype for held in observer.held.values())
+    codes = sum(packed.arrays["code"].nbytes for packed in observer.collector.packed)
     assert codes <= len(STEPS) * (elements + 64 * len(observer.held))

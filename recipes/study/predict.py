@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from relex_verl import replay
 from relex_verl.extrapolators import fit_weights
-from relex_verl.gram import delta_gram
 from relex_verl.prediction import Prediction, extrapolate
 from relex_verl.trajectory import Trajectory
 
@@ -49,17 +49,17 @@ def load_prefix(trajectory: Trajectory, cut: int) -> Prefix:
     placements = trajectory.placements(0)
     packed = [trajectory.load(0, step) for step in steps]
     found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for i, (name, origin) in enumerate(
-        zip(placements, trajectory.origin(0, trajectory.base(), placements), strict=True)
-    ):
+    origins = trajectory.origin(0, trajectory.base(), placements)
+    for i, name in enumerate(placements):
+        origin = origins[name]
         state, delta_Tn = origin.clone(), torch.empty(len(steps), len(origin), dtype=torch.float64)
         for t, one in enumerate(packed):
-            trajectory.encoding.advance(state, one.increment(i))
+            trajectory.row_encoding().advance(state, one.increment(i))
             torch.sub(state.double(), origin.double(), out=delta_Tn[t])
         found[name] = origin.double(), delta_Tn
-    origins, deltas = zip(*(found[name] for name in trajectory.names), strict=True)
-    gram_LTT = delta_gram(trajectory.increment_gram(cut))
-    return Prefix(steps, gram_LTT, trajectory.names, list(origins), list(deltas))
+    begins, deltas = zip(*(found[name] for name in trajectory.names), strict=True)
+    gram_LTT = replay.gram(trajectory, cut)
+    return Prefix(steps, gram_LTT, trajectory.names, list(begins), list(deltas))
 
 
 def predicted_deltas(prefix: Prefix, wanted: Sequence[Wanted]) -> list[torch.Tensor]:

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from relex_verl import replay
 from relex_verl.baselines.weighted import weighted_tensors
 from relex_verl.extrapolators import top_eigenvectors
-from relex_verl.gram import delta_gram
 from relex_verl.shards import TensorShard
 from relex_verl.trajectory import Trajectory, TrajectoryError
 
@@ -176,7 +176,7 @@ def transformer_tensors(
     steps = trajectory.steps_until(cut)
     if len(steps) < MIN_ROWS:
         raise TrajectoryError(f"the Transformer needs {MIN_ROWS} observed steps up to {cut}, there are {steps}")
-    gram_LTT = delta_gram(trajectory.increment_gram(cut))
+    gram_LTT = replay.gram(trajectory, cut)
     weights_LT = transformer_weights(gram_LTT, steps, target, trajectory.window.origin_step, settings)
     return weighted_tensors(trajectory, cut, weights_LT)
 

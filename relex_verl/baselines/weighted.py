@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from relex_verl.extrapolators import increment_coefficients
+from relex_verl import replay
 from relex_verl.shards import TensorShard
 from relex_verl.trajectory import Trajectory
 
@@ -25,7 +25,9 @@ def weighted_tensors(trajectory: Trajectory, cut: int, weights_LT: torch.Tensor)
     expected = (len(trajectory.names), len(trajectory.steps_until(cut)))
     if tuple(weights_LT.shape) != expected:
         raise ValueError(f"need weights of shape {expected}, got {tuple(weights_LT.shape)}")
-    coefficients = dict(zip(trajectory.names, increment_coefficients(weights_LT).tolist(), strict=True))
-    for history in trajectory.histories(cut):
-        data = trajectory.encoding.accumulate(history.last, history.increments, coefficients[history.name])
+    encoding = trajectory.row_encoding()
+    coefficients_LT = encoding.coefficients(weights_LT, trajectory.steps_until(cut))
+    coefficients = dict(zip(trajectory.names, coefficients_LT.tolist(), strict=True))
+    for history in replay.histories(trajectory, cut):
+        data = encoding.accumulate(history.anchor, history.parts, coefficients[history.name])
         yield TensorShard(history.name, history.shape, history.placement, data)

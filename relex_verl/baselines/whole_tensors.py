@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from relex_verl.shards import Placement, TensorShard, whole
-from relex_verl.trajectory import Trajectory, TrajectoryError
+from relex_verl.trajectory import Origin, Trajectory, TrajectoryError
 
 __all__ = ["WholeTensors", "is_attention_or_mlp_matrix"]
 
@@ -30,7 +30,7 @@ class _Rank(NamedTuple):
     placements: dict[str, Placement]
     position: dict[str, int]  # of each of its tensors in its files
     packed: list[Any]  # its files, memory-mapped, one a step
-    origin: list[torch.Tensor] | None  # its part of theta_0, memory-mapped; None: the base checkpoint
+    origin: Origin  # its part of theta_0
 
 
 class WholeTensors:
@@ -53,6 +53,7 @@ class WholeTensors:
         Raises:
             TrajectoryError: no step up to the cut, or a file is missing.
         """
+        trajectory.row_encoding()  # a sketch has no single steps
         self.trajectory, self.origin_step = trajectory, trajectory.window.origin_step
         self.steps = trajectory.steps_until(cut)
         self.shapes = {name: tuple(shape) for name, shape in trajectory.index.tensors.items()}
@@ -62,8 +63,7 @@ class WholeTensors:
     def _open(self, rank: int) -> _Rank:
         placements = self.trajectory.placements(rank)
         packed = [self.trajectory.load(rank, step) for step in self.steps]
-        stored = self.trajectory.window.origin != "base"
-        origin = list(self.trajectory.origin(rank, self._base, placements)) if stored else None
+        origin = self.trajectory.origin(rank, self._base, placements)
         return _Rank(placements, {name: i for i, name in enumerate(placements)}, packed, origin)
 
     def states(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
@@ -72,11 +72,11 @@ class WholeTensors:
         Each tensor is a new one, in the encoding's dtype. Memory: two copies of the tensor, besides what the caller keeps.
         """
         holders = [rank for rank in self._ranks if name in rank.placements]
-        pieces = [self._origin(rank, name) for rank in holders]
+        pieces = [rank.origin[name].clone() for rank in holders]  # they may be views of a memory-mapped file
         yield self.origin_step, self._joined(name, holders, pieces)
         for t, step in enumerate(self.steps):
             for rank, piece in zip(holders, pieces, strict=True):
-                self.trajectory.encoding.advance(piece, rank.packed[t].increment(rank.position[name]))
+                self.trajectory.row_encoding().advance(piece, rank.packed[t].increment(rank.position[name]))
             yield step, self._joined(name, holders, pieces)
 
     def state(self, name: str, step: int) -> torch.Tensor:
@@ -93,12 +93,6 @@ class WholeTensors:
     def shard(self, name: str, tensor: torch.Tensor) -> TensorShard:
         """A whole tensor as what `prediction.write_checkpoint` takes."""
         return TensorShard(name, self.shapes[name], whole(self.shapes[name]), tensor.flatten())
-
-    def _origin(self, rank: _Rank, name: str) -> torch.Tensor:
-        if rank.origin is not None:
-            return rank.origin[rank.position[name]].clone()
-        stored = self._base.read(name, rank.placements[name])
-        return stored.to(self.trajectory.encoding.dtype, copy=True)
 
     def _joined(self, name: str, holders: list[_Rank], pieces: list[torch.Tensor]) -> torch.Tensor:
         full = torch.empty(prod(self.shapes[name]), dtype=self.trajectory.encoding.dtype)

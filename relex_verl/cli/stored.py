@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from relex_verl import analysis, tracking
+from relex_verl import analysis, replay, tracking
 from relex_verl import prediction as predicting
 from relex_verl.cli.common import (
     AsJson,
@@ -22,7 +22,6 @@ from relex_verl.cli.common import (
 )
 from relex_verl.diagnostics import describe, random_walk_gram, summary
 from relex_verl.extrapolators import METHODS
-from relex_verl.gram import delta_gram
 from relex_verl.prediction import Prediction, write_checkpoint
 from relex_verl.trajectory import Trajectory, step_ranges
 
@@ -34,7 +33,7 @@ def info(trajectory: TrajectoryFolder, as_json: AsJson = False) -> None:
     with clear_errors():
         opened = Trajectory(trajectory)
         steps = opened.steps_until(None)
-        gram_LTT = delta_gram(opened.increment_gram())
+        gram_LTT = replay.gram(opened)
         figures = {name: summary(values) for name, values in describe(gram_LTT, steps).items()}
         null = {name: values.item() for name, values in describe(random_walk_gram(steps), steps).items()}
         size = sum(path.stat().st_size for path in trajectory.rglob("*") if path.is_file())
@@ -76,11 +75,11 @@ def checkout(
     """
     with clear_errors():
         opened = Trajectory(trajectory)
-        error = opened.error_bound(step)
+        error = replay.error_bound(opened, step)
         provenance = {"base_model": opened.index.base_model, "step": step, "max_error": error}
         provenance |= {"trajectory": str(trajectory), "versions": tracking.versions()}
         with element_bar(opened, f"step {step}") as advance:
-            write_checkpoint(opened, opened.states(step), out, provenance, opened.encoding.dtype, advance)
+            write_checkpoint(opened, replay.states(opened, step), out, provenance, opened.encoding.dtype, advance)
     if as_json:
         print_json({"step": step, "path": str(out), "max_error": error})
         return

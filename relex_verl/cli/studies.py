@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from relex_verl import analysis, plots, report, tracking
+from relex_verl import analysis, plots, replay, report, tracking
 from relex_verl.cli.common import (
     AsJson,
     Cut,
@@ -24,7 +24,6 @@ from relex_verl.cli.common import (
     table_of,
 )
 from relex_verl.diagnostics import describe, random_walk_gram, spectrum
-from relex_verl.gram import delta_gram
 from relex_verl.ingest import find_checkpoints, select_steps
 from relex_verl.trajectory import Trajectory
 
@@ -49,7 +48,7 @@ def diagnose(
     """
     with clear_errors():
         opened = Trajectory(trajectory)
-        steps, gram_LTT = opened.steps_until(t_cut), delta_gram(opened.increment_gram(t_cut))
+        steps, gram_LTT = opened.steps_until(t_cut), replay.gram(opened, t_cut)
         shapes = [opened.index.tensors[name] for name in opened.names]
         fits = tracking.fit_report(opened.names, shapes, gram_LTT, steps, rank)
         targets = steps_of(target, "--target") if target else []
@@ -113,7 +112,7 @@ def compare(
         found = [one for one in find_checkpoints(checkpoints) if one.step > t_cut]
         chosen = select_steps(found, steps)
         methods = methods_of(method)
-        observed, gram_LTT = opened.steps_until(t_cut), delta_gram(opened.increment_gram(t_cut))
+        observed, gram_LTT = opened.steps_until(t_cut), replay.gram(opened, t_cut)
         with element_bar(opened, "comparing", len(chosen)) as advance:
             aligned = analysis.compare(opened, t_cut, methods, chosen, rank, allow_pickle, advance)
         aligned += analysis.reconstruction_alignment(gram_LTT, observed, rank)
@@ -165,7 +164,7 @@ def backtest(
     """
     with clear_errors():
         opened = Trajectory(trajectory)
-        steps, gram_LTT = opened.steps_until(t_cut), delta_gram(opened.increment_gram(t_cut))
+        steps, gram_LTT = opened.steps_until(t_cut), replay.gram(opened, t_cut)
         rows = analysis.backtests(gram_LTT, steps, methods_of(method), rank)
         if not rows:
             raise ValueError(f"{trajectory} holds {len(steps)} observed steps: a backtest of {method} needs more")

@@ -1,16 +1,30 @@
-"""How one increment of one tensor is kept: the table of encodings, all with the same five operations."""
+"""How a trajectory is kept: the table of encodings.
 
-from collections.abc import Callable
+Most keep rows: one increment of every tensor for each observed step. A sketch keeps the moments of the whole window.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from relex_verl.encodings import quantized, sparse
+from relex_verl.encodings import moments, quantized, sparse
 from relex_verl.encodings.packed import PackedStep, StoredStep
+from relex_verl.extrapolators import increment_coefficients
+from relex_verl.sketch import SIZES, lift
 
-__all__ = ["ENCODINGS", "Encoding", "PackedStep", "StoredStep", "encoding_name"]
+__all__ = [
+    "ENCODINGS",
+    "ROW_ENCODINGS",
+    "Encoding",
+    "PackedStep",
+    "RowEncoding",
+    "SketchEncoding",
+    "StoredStep",
+    "encoding_name",
+]
 
 
 @dataclass(frozen=True)
@@ -18,61 +32,111 @@ class Encoding:
     """One way to follow the weights.
 
     Attributes:
-        dtype: of the state that increments are taken from and applied to.
-        increment: type of an increment; it has `changed`, the number of elements that changed.
-        encode: (state, new weights) -> increment.
-        advance: (state, increment) -> None, in place.
-        dots: (increments, numel, device) -> the new row of H, (t,).
-        accumulate: (last state, increments, coefficients) -> predicted weights, bfloat16.
-        error_bound: (increment) -> how far an element of the state can be from the weights after it.
-        state_bytes: host memory a parameter for the state.
-        row_bytes: host memory a parameter for each row, given the share of bf16 weights that change.
+        dtype: of the state and of the anchor.
+        part: type of what is kept of a shard, several of them: increments or moments.
+        coefficients: (a (L, T), steps) -> c (L, K), one for each part.
+        accumulate: (anchor, parts, c) -> predicted weights, bfloat16.
+        state_bytes: host memory a parameter for the state that the next step is compared with.
+        row_bytes: bytes a parameter for each row, given the share of bf16 weights that change; 0 for a sketch.
+        fixed_bytes: bytes a parameter that do not depend on the number of rows; 0 where rows are kept.
     """
 
     dtype: torch.dtype
-    increment: type
-    encode: Callable[..., Any]
-    advance: Callable[..., None]
-    dots: Callable[..., torch.Tensor]
+    part: type
+    coefficients: Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
     accumulate: Callable[..., torch.Tensor]
-    error_bound: Callable[..., float]
     state_bytes: int
-    row_bytes: Callable[[float], float]
+    row_bytes: Callable[[float], float] = lambda change_rate: 0.0
+    fixed_bytes: int = 0
 
 
-def _quantized(bits: int) -> Encoding:
-    row_bytes = bits / 8 + 4 / quantized.GROUP if bits else 4.0
-    return Encoding(
+@dataclass(frozen=True)
+class RowEncoding(Encoding):
+    """Keeps every row: an increment from one row to the next. The state is the last row.
+
+    Attributes:
+        anchor_is_last: predictions start from the last row, with c_t = w_t - 1; else from theta_0, with c = a.
+        encode: (state, new weights) -> increment; it has `changed`, the number of elements that changed.
+        advance: (state, increment) -> None, in place.
+        dots: (increments, numel, device) -> the new row of H, (t,).
+        error_bound: (increment) -> how far an element of the state can be from the weights after it.
+    """
+
+    anchor_is_last: bool = False
+    encode: Callable[..., Any] = lambda *_: None
+    advance: Callable[..., None] = lambda *_: None
+    dots: Callable[..., torch.Tensor] = lambda *_: torch.empty(0)
+    error_bound: Callable[..., float] = lambda *_: 0.0
+
+
+@dataclass(frozen=True)
+class SketchEncoding(Encoding):
+    """Keeps `size` moments over the steps (`relex_verl.sketch`), not the rows. State and anchor are theta_0."""
+
+    size: int = 4
+
+
+def _from_last(weights_LT: torch.Tensor, steps: Sequence[int]) -> torch.Tensor:
+    return increment_coefficients(weights_LT)
+
+
+def _from_origin(weights_LT: torch.Tensor, steps: Sequence[int]) -> torch.Tensor:
+    return weights_LT
+
+
+def _from_moments(weights_LT: torch.Tensor, steps: Sequence[int], size: int) -> torch.Tensor:
+    return weights_LT @ lift(steps, size)
+
+
+def _quantized(bits: int) -> RowEncoding:
+    row_bytes = bits / 8 + 2 / quantized.GROUP if bits else 4.0
+    return RowEncoding(
         torch.float32,
         quantized.QuantizedIncrement,
-        partial(quantized.encode, bits=bits),
-        quantized.advance,
-        quantized.dots,
+        _from_origin,
         quantized.accumulate,
-        quantized.error_bound,
         state_bytes=4,
         row_bytes=lambda change_rate: row_bytes,
+        encode=partial(quantized.encode, bits=bits),
+        advance=quantized.advance,
+        dots=quantized.dots,
+        error_bound=quantized.error_bound,
     )
 
 
-ENCODINGS: dict[str, Encoding] = {
-    "bf16": Encoding(
+def _sketch(size: int) -> SketchEncoding:
+    return SketchEncoding(
+        torch.float32,
+        moments.Moment,
+        partial(_from_moments, size=size),
+        moments.accumulate,
+        state_bytes=4,
+        fixed_bytes=4 * size,
+        size=size,
+    )
+
+
+ROW_ENCODINGS: dict[str, RowEncoding] = {
+    "bf16": RowEncoding(
         torch.bfloat16,
         sparse.SparseIncrement,
-        sparse.encode,
-        sparse.advance,
-        sparse.dots,
+        _from_last,
         sparse.accumulate,
-        error_bound=lambda increment: 0.0,
         state_bytes=2,
         row_bytes=lambda change_rate: 4 * change_rate,
+        anchor_is_last=True,
+        encode=sparse.encode,
+        advance=sparse.advance,
+        dots=sparse.dots,
     ),
     "fp32-int8": _quantized(8),
     "fp32-int4": _quantized(4),
     "fp32-none": _quantized(0),
 }
 
+ENCODINGS: dict[str, Encoding] = {**ROW_ENCODINGS, **{f"sketch-{size}": _sketch(size) for size in SIZES}}
 
-def encoding_name(trajectory: str, quantization: str) -> str:
-    """The encoding of `relex.trajectory` and `relex.quantization`."""
-    return trajectory if trajectory == "bf16" else f"{trajectory}-{quantization}"
+
+def encoding_name(trajectory: str, quantization: str, sketch_size: int = 4) -> str:
+    """The encoding of `relex.trajectory`, `relex.quantization` and `relex.sketch_size`."""
+    return {"bf16": "bf16", "fp32": f"fp32-{quantization}", "sketch": f"sketch-{sketch_size}"}[trajectory]

@@ -1,8 +1,8 @@
 """`fp32`: the change of the float32 master weights, block-quantised with error feedback.
 
 bf16 rounding turns a smooth drift into shot noise: most weights have not yet crossed a rounding boundary. The float32
-weights that the optimizer updates show the drift itself. An increment keeps, for each group of 64 elements, one float32
-scale and 64 integers (8 or 4 bits). It is the change from the *running reconstruction*, not from the weights one row
+weights that the optimizer updates show the drift itself. An increment keeps, for each group of 32 elements, one bfloat16
+scale and 32 integers (8 or 4 bits). It is the change from the *running reconstruction*, not from the weights one row
 earlier, so what one row rounds away is in the next row's change: the error is that of the last row alone and does not add
 up. With 0 bits ("none") an increment is the float32 change itself.
 """
@@ -14,19 +14,20 @@ import torch
 
 __all__ = ["GROUP", "QuantizedIncrement", "accumulate", "advance", "dots", "encode", "error_bound"]
 
-GROUP = 64
+# A smaller group has a smaller largest change, so a finer quantum: 32 with a 2-byte scale cost what 64 with 4 bytes would.
+GROUP = 32
 LEVELS = {8: 127, 4: 7}  # largest code
 # Elements at a time. A multiple of GROUP, small since T increments are expanded to float32 side by side.
-CHUNK = 4096 * GROUP
+CHUNK = 8192 * GROUP
 
 
 @dataclass(frozen=True)
 class QuantizedIncrement:
-    """e_t of one flat shard of n elements, m = ceil(n / 64) groups.
+    """e_t of one flat shard of n elements, m = ceil(n / 32) groups.
 
     Attributes:
-        code: 8 bits: (64 m,) int8; 4 bits: (32 m,) uint8, two codes a byte, low nibble first; none: (n,) float32.
-        scale: (m,) float32, the change is scale * code; empty for none.
+        code: 8 bits: (32 m,) int8; 4 bits: (16 m,) uint8, two codes a byte, low nibble first; none: (n,) float32.
+        scale: (m,) bfloat16, the change is scale * code; empty for none.
     """
 
     code: torch.Tensor
@@ -43,7 +44,7 @@ class QuantizedIncrement:
         return int(_unpack(self.code).count_nonzero()) if self.bits == 4 else int(self.code.count_nonzero())
 
     def codes(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
-        """Codes of the elements [start, stop) in groups, (g, 64) float32; the last group is padded with 0."""
+        """Codes of the elements [start, stop) in groups, (g, 32) float32; the last group is padded with 0."""
         if self.bits == 4:
             return _unpack(self.code[start // 2 : -(-stop // GROUP) * GROUP // 2].to(device)).float().view(-1, GROUP)
         if self.bits == 8:
@@ -77,10 +78,18 @@ def _unpack(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack([(signed << 4) >> 4, signed >> 4], dim=1).flatten()
 
 
+def _rounded_up(scale: torch.Tensor) -> torch.Tensor:
+    """The next bfloat16 that is not smaller: rounded down, the largest change of a group would not be within reach."""
+    near = scale.to(torch.bfloat16)
+    above = (near.view(torch.int16) + 1).view(torch.bfloat16)  # the next one, for numbers that are not negative
+    return torch.where(near.float() < scale, above, near)
+
+
 def encode(state: torch.Tensor, new: torch.Tensor, bits: int = 8) -> QuantizedIncrement:
     """The increment that leads from the reconstruction `state` to (nearly) `new`; computed on the device of `new`.
 
-    The error of an element is at most half a quantum, max|change in its group| / (2 * 127) for 8 bits.
+    The error of an element is at most half a quantum: max|change in its group| / (2 * 127) for 8 bits, and up to 1 % more,
+    since the scale is rounded up to bfloat16.
 
     Args:
         state: (n,) float32, the reconstruction at the row before; on any device.
@@ -94,7 +103,8 @@ def encode(state: torch.Tensor, new: torch.Tensor, bits: int = 8) -> QuantizedIn
         raise ValueError(
             f"need two flat shards, the old one float32; got {state.dtype} {[*state.shape]}, {[*new.shape]}"
         )
-    codes, scales = [torch.empty(0, dtype={8: torch.int8, 4: torch.uint8, 0: torch.float32}[bits])], [torch.empty(0)]
+    codes = [torch.empty(0, dtype={8: torch.int8, 4: torch.uint8, 0: torch.float32}[bits])]
+    scales = [torch.empty(0, dtype=torch.bfloat16)]
     for start, stop in _chunks(len(new)):
         change = new[start:stop].float() - state[start:stop].to(new.device)
         if not change.isfinite().all():
@@ -103,8 +113,9 @@ def encode(state: torch.Tensor, new: torch.Tensor, bits: int = 8) -> QuantizedIn
             codes.append(change.cpu())
             continue
         groups = _grouped(change)
-        scale = groups.abs().amax(dim=1) / LEVELS[bits]
-        code = torch.where(scale.unsqueeze(1) > 0, groups / scale.unsqueeze(1), 0.0).round().flatten()
+        scale = _rounded_up(groups.abs().amax(dim=1) / LEVELS[bits])
+        quantum = scale.float().unsqueeze(1)
+        code = torch.where(quantum > 0, groups / quantum, 0.0).round().flatten()
         code = code.clamp_(-LEVELS[bits], LEVELS[bits])  # a subnormal scale has few digits
         codes.append((_pack(code) if bits == 4 else code.to(torch.int8)).cpu())
         scales.append(scale.cpu())
@@ -125,7 +136,7 @@ def advance(state: torch.Tensor, increment: QuantizedIncrement) -> None:
 def dots(increments: Sequence[QuantizedIncrement], numel: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """The new row of H: inner products of the last increment with every one, itself included.
 
-    Within a group the products of codes are summed in float32, which is exact (64 * 127^2 < 2^24); the rest is float64.
+    Within a group the products of codes are summed in float32, which is exact (32 * 127^2 < 2^24); the rest is float64.
 
     Args:
         increments: e_1 .. e_t of one shard.
@@ -150,32 +161,41 @@ def dots(increments: Sequence[QuantizedIncrement], numel: int, device: torch.dev
 
 
 def accumulate(
-    last: torch.Tensor,
+    origin: torch.Tensor,
     increments: Sequence[QuantizedIncrement],
-    coefficients: Sequence[float],
+    weights: Sequence[float],
     dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """theta_last + sum_t (w_t - 1) e_t in float64, rounded once.
+    """theta_0 + sum_t a_t (state_t - theta_0) in float64, rounded once; the states are replayed.
+
+    Not theta_last + sum_t (w_t - 1) e_t: the float32 state takes only the digits of e_t that it has, so the increments do
+    not add up to its movement, and a far target would multiply the difference.
 
     Args:
-        last: (n,) float32, the reconstruction at the last observed row.
+        origin: (n,) theta_0.
         increments: e_1 .. e_T.
-        coefficients: w_t - 1 for each of them.
+        weights: a_t for each of them.
         dtype: to round to.
 
     Returns:
         (n,) of that dtype on the host, the predicted weights.
     """
-    predicted = torch.empty(last.shape, dtype=dtype)
-    for start, stop in _chunks(len(last)):
-        total = last[start:stop].cpu().double()
-        for increment, coefficient in zip(increments, coefficients, strict=True):
-            if coefficient:
-                total += coefficient * increment.change(start, stop)
+    predicted = torch.empty(origin.shape, dtype=dtype)
+    for start, stop in _chunks(len(origin)):
+        begin = origin[start:stop].cpu().double()
+        state, total = begin.clone(), begin.clone()
+        for increment, weight in zip(increments, weights, strict=True):
+            state = (state + increment.change(start, stop)).float().double()  # as `advance` does
+            total.add_(state - begin, alpha=weight)
         predicted[start:stop] = total.to(dtype)
     return predicted
 
 
 def error_bound(increment: QuantizedIncrement) -> float:
-    """Half a quantum of the coarsest group: how far the reconstruction can be from the weights, besides float32 rounding."""
-    return float(increment.scale.max()) / 2 if increment.scale.numel() else 0.0
+    """How far the reconstruction can be from float32 weights: a quantum of the coarsest group.
+
+    Half of it from the code, and as much again from rounding the state to float32, where the weight itself has a place.
+    """
+    if not increment.bits:
+        return 2**-23 * float(increment.code.abs().max()) if increment.code.numel() else 0.0
+    return 1.0001 * float(increment.scale.max()) if increment.scale.numel() else 0.0  # the change is rounded, too

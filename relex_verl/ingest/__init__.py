@@ -12,6 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from relex_verl.collectors import RowCollector
 from relex_verl.encodings import encoding_name
 from relex_verl.hf_checkpoint import BaseCheckpoint, resolve_model
 from relex_verl.ingest.checkpoints import Found, IngestError, find_checkpoints, find_revisions, select_steps
@@ -99,14 +100,18 @@ def _observe(observer: Observer, one: Found, layout: Layout, options: Options) -
             observation = observer.observe(one.step, CheckpointSource(folder, layout.shapes))
         except ValueError as error:
             raise IngestError(f"step {one.step} ({one.place}): {error}") from error
-    observer.packed[-1] = observer.trajectory.stored(0, one.step)  # type: ignore[call-overload]
+    rows = observer.collector
+    assert isinstance(rows, RowCollector)
+    rows.packed[-1] = observer.trajectory.stored(0, one.step)  # type: ignore[call-overload]
     return observation
 
 
 def _keep_on_disk(observer: Observer) -> None:
     """Let go of what a one-process pass need not hold: the pages of the base, and the increments of earlier steps."""
     observer.base = BaseCheckpoint(observer.base.folder)
-    observer.packed = [observer.trajectory.stored(0, step) for step in observer.steps]  # type: ignore[misc]
+    rows = observer.collector
+    assert isinstance(rows, RowCollector)
+    rows.packed = [observer.trajectory.stored(0, step) for step in observer.steps]  # type: ignore[misc]
 
 
 def _common_layout(base: BaseCheckpoint, found: Sequence[Found], options: Options) -> Layout:

@@ -81,7 +81,7 @@ def record_cut_up(folder, base, states, encoding="fp32-none", origin="base"):
             for name, increment in zip(names, increments, strict=True):
                 kind.advance(held[name], increment)
             row = torch.zeros(len(names), list(states).index(step) + 1, dtype=torch.float64)
-            trajectory.append(rank, step, PackedStep.pack(kind.increment, increments, row))
+            trajectory.append(rank, step, PackedStep.pack(kind.part, increments, row))
     for step in states:
         trajectory.commit(step)
     return trajectory

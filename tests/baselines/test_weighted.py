@@ -2,9 +2,9 @@ import pytest
 import torch
 from recorded import by_name, random_weights, record
 
+from relex_verl import replay
 from relex_verl.baselines.weighted import weighted_tensors
 from relex_verl.extrapolators import fit_weights
-from relex_verl.gram import delta_gram
 from relex_verl.prediction import Prediction, extrapolate
 
 BASE = random_weights(scale=0.1)
@@ -24,7 +24,7 @@ def test_is_the_weighted_sum_of_the_deltas(tmp_path):
 
 def test_has_the_same_bits_as_the_pipeline(tmp_path):
     trajectory = record(tmp_path, BASE, STATES)
-    gram = delta_gram(trajectory.increment_gram(5))
+    gram = replay.gram(trajectory, 5)
     here = by_name(weighted_tensors(trajectory, 5, fit_weights(gram, [1, 2, 5], 20, "relex")))
     there = by_name(extrapolate(trajectory, 5, Prediction("relex", 20)))
     assert all(torch.equal(here[name], there[name]) for name in BASE)

@@ -46,7 +46,7 @@ def measure(name: str, params: int, rows: int, change_rate: float) -> None:
         encoding.advance(state, increment)
         times.append(time.perf_counter() - begin)
         rates.append(increment.changed / params)
-        packed.append(PackedStep.pack(encoding.increment, [increment], torch.zeros(1, len(packed) + 1)))
+        packed.append(PackedStep.pack(encoding.part, [increment], torch.zeros(1, len(packed) + 1)))
     old, new = state.view(torch.int64), theta.to(encoding.dtype).view(torch.int64)  # words: reading, not adding, costs
     floor = seconds(lambda: (old.sum(), new.sum()))
     held = (state.nbytes + sum(one.nbytes for one in packed)) / params

@@ -80,8 +80,9 @@ def command(
     ranks: int = 1,
     relex: Sequence[str] | None = (),
     extra: Sequence[str] = (),
+    option: str = "default",
 ) -> list[str]:
-    """The command line of a small run; `relex=None` leaves RELEX out."""
+    """The command line of a small run; `relex=None` leaves RELEX out, `option` chooses the mode."""
     base_model.build(BASE)
     files = data.write(out / "data")
     schedule = Schedule(steps, steps, (2 * steps,), full=True)
@@ -102,7 +103,7 @@ def command(
         "trainer.test_freq=-1",
         "actor_rollout_ref.actor.optim.lr=1e-5",
     ]
-    ours = [] if relex is None else ["+relex=default", f"relex.output_dir={out / 'relex'}", *relex]
+    ours = [] if relex is None else [f"+relex={option}", f"relex.output_dir={out / 'relex'}", *relex]
     return [sys.executable, "-m", "verl.trainer.main_ppo", *plain, *small, *ours, *extra]
 
 

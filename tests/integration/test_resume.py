@@ -11,7 +11,7 @@ import pytest
 import torch
 from harness import checkout, command, environment, run
 
-from relex_verl.gram import delta_gram
+from relex_verl import replay
 from relex_verl.trajectory import Trajectory
 
 pytestmark = [pytest.mark.trainer, pytest.mark.timeout(1200)]
@@ -52,7 +52,7 @@ def test_resume(tmp_path: Path) -> None:
     trajectory = Trajectory(tmp_path / "relex" / "trajectory")
     assert trajectory.steps == [1, 2, 3, 4, 5, 6]
     states = [checkout(finished, step) for step in range(7)]
-    gram = delta_gram(trajectory.increment_gram())
+    gram = replay.gram(trajectory)
     for i, name in enumerate(trajectory.names):
         deltas = torch.stack([(state[name].double() - states[0][name].double()).flatten() for state in states[1:]])
         expected = deltas @ deltas.T

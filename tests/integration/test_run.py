@@ -10,7 +10,7 @@ import torch
 from harness import BASE, Run, checkout, load, relex_verl, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from relex_verl.gram import delta_gram
+from relex_verl import replay
 from relex_verl.trajectory import Trajectory
 
 pytestmark = [pytest.mark.trainer, pytest.mark.timeout(1200)]
@@ -80,7 +80,7 @@ def check_against_dense(finished: Run) -> None:
     trajectory = Trajectory(finished.out / "relex" / "trajectory")
     assert trajectory.steps == list(range(1, CUT + 1))
     states = [checkout(finished, step) for step in range(CUT + 1)]
-    gram = delta_gram(trajectory.increment_gram())
+    gram = replay.gram(trajectory)
     for i, name in enumerate(trajectory.names):
         deltas = torch.stack([(s[name].double() - states[0][name].double()).flatten() for s in states[1:]])
         expected = deltas @ deltas.T

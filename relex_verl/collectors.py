@@ -1,0 +1,304 @@
+"""What a rank keeps of the weights that it follows: every row, or a sketch of all of them. One interface, two ways.
+
+A collector works on this rank's shards alone. `take` computes what the ranks then add up; `keep` gets the sum. Whoever
+calls them (`Observer`) does the communication and the writing in between.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from relex_verl import replay
+from relex_verl.encodings import ENCODINGS, PackedStep, RowEncoding, SketchEncoding
+from relex_verl.gram import append_row, delta_gram
+from relex_verl.shards import Placement
+from relex_verl.sketch import interval, legendre, lifted_gram, rebase
+from relex_verl.trajectory import Trajectory
+
+__all__ = ["Collector", "Held", "RowCollector", "SketchCollector", "Taken", "collector_of"]
+
+# Elements of a moment at a time: the float32 change of so many weights (4 MiB) stays near the caches.
+CHUNK = 2**20
+
+
+@dataclass
+class Held:
+    """A shard that this rank is the one to count.
+
+    Attributes:
+        shape: of the whole tensor.
+        placement: which of its elements these are.
+        state: (n,) on the host, in the encoding's dtype: the weights at the last row; theta_0 for a sketch.
+    """
+
+    shape: tuple[int, ...]
+    placement: Placement
+    state: torch.Tensor
+
+
+class Taken(NamedTuple):
+    """What one step gave on this rank.
+
+    Attributes:
+        figures_lk: (l, k) float64, a row for each tensor held; summed over the ranks they say something of the whole.
+        changed: elements whose change since the row before was not 0; NaN where no row before is kept.
+        file: to be written for this step; None when nothing is.
+    """
+
+    figures_lk: torch.Tensor
+    changed: float
+    file: PackedStep[Any] | None
+
+
+class Collector(Protocol):
+    """See the module's docstring.
+
+    Attributes:
+        held: name -> shard, in the order in which the engine hands them out.
+        steps: the observed steps.
+    """
+
+    held: dict[str, Held]
+    steps: list[int]
+
+    def begin(self, held: dict[str, Held], tensors: int) -> None:
+        """Start with nothing: the shards of this rank, and the number of tensors of all ranks."""
+
+    def resume(self, trajectory: Trajectory, rank: int, step: int) -> None:
+        """Start with what a trajectory holds after `step`."""
+
+    def take(self, step: int, shards: Iterator[tuple[int, Held, torch.Tensor]]) -> Taken:
+        """Look at the weights of this step: (position among the tensors held, shard, its weights now), in order."""
+
+    def keep(self, step: int, figures_Lk: torch.Tensor) -> None:
+        """The step counts: `figures_lk` summed over the ranks, a row for each tensor."""
+
+    def snapshot(self) -> PackedStep[Any] | None:
+        """All that is kept, to be written now; None where every step has written its own file."""
+
+    def gram(self) -> torch.Tensor:
+        """G of the steps, (L, T, T); smoothed to polynomials for a sketch."""
+
+    def energy(self) -> torch.Tensor | None:
+        """sum_t |delta_t|^2, (L,), where G is smoothed and its trace does not say it; else None."""
+
+    def parts(self, position: int) -> list[Any]:
+        """What `Encoding.accumulate` adds up, for the tensor at this position among those held."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this rank, besides the states; on disk the same."""
+
+
+def collector_of(encoding: str) -> "RowCollector | SketchCollector":
+    """The collector of an encoding."""
+    kind = ENCODINGS[encoding]
+    if isinstance(kind, RowEncoding):
+        return RowCollector(kind)
+    assert isinstance(kind, SketchEncoding)
+    return SketchCollector(kind)
+
+
+class RowCollector:
+    """Every row: one encoded increment a step, and H, the Gram matrix of the increments."""
+
+    def __init__(self, encoding: RowEncoding) -> None:
+        self.encoding = encoding
+        self.held: dict[str, Held] = {}
+        self.steps: list[int] = []
+        self.packed: list[PackedStep[Any]] = []
+        self.increment_gram_LTT = torch.zeros(0, 0, 0, dtype=torch.float64)
+        self._taken: PackedStep[Any] | None = None
+
+    def begin(self, held: dict[str, Held], tensors: int) -> None:
+        """See `Collector`."""
+        self.held, self.steps, self.packed = held, [], []
+        self.increment_gram_LTT = torch.zeros(tensors, 0, 0, dtype=torch.float64)
+
+    def resume(self, trajectory: Trajectory, rank: int, step: int) -> None:
+        """See `Collector`."""
+        self.steps = trajectory.steps_until(step)
+        for shard in replay.last_states(trajectory, step, ranks=[rank]):
+            self.held[shard.name].state = shard.data
+        self.packed = [trajectory.load(rank, observed) for observed in self.steps]
+        self.increment_gram_LTT = replay.increment_gram(trajectory, step)
+
+    def take(self, step: int, shards: Iterator[tuple[int, Held, torch.Tensor]]) -> Taken:
+        """See `Collector`; k = T + 1, the new row of H."""
+        increments: list[Any] = []
+        row_lT = torch.zeros(len(self.held), len(self.packed) + 1, dtype=torch.float64)
+        for i, held, data in shards:
+            increment = self.encoding.encode(held.state, data)
+            history = [packed.increment(i) for packed in self.packed]
+            row_lT[i] = self.encoding.dots([*history, increment], len(held.state), data.device)
+            increments.append(increment)
+        self._taken = PackedStep.pack(self.encoding.part, increments, row_lT)
+        return Taken(row_lT, float(sum(increment.changed for increment in increments)), self._taken)
+
+    def keep(self, step: int, figures_Lk: torch.Tensor) -> None:
+        """See `Collector`."""
+        assert self._taken is not None
+        self.increment_gram_LTT = append_row(self.increment_gram_LTT, figures_Lk)
+        self.packed.append(self._taken)
+        self.steps.append(step)
+        for i, held in enumerate(self.held.values()):
+            self.encoding.advance(held.state, self._taken.increment(i))
+
+    def snapshot(self) -> None:
+        """See `Collector`."""
+        return
+
+    def gram(self) -> torch.Tensor:
+        """See `Collector`."""
+        return delta_gram(self.increment_gram_LTT)
+
+    def energy(self) -> None:
+        """See `Collector`."""
+        return
+
+    def parts(self, position: int) -> list[Any]:
+        """See `Collector`."""
+        return [packed.increment(position) for packed in self.packed]
+
+    @property
+    def nbytes(self) -> int:
+        """See `Collector`."""
+        return sum(packed.nbytes for packed in self.packed)
+
+
+class SketchCollector:
+    """A sketch: r moments of every weight over the steps, whatever their number. Rows are looked at once and forgotten.
+
+    A step that fails half-way leaves the moments half updated: nothing after it is accepted (what is on disk is whole).
+    """
+
+    def __init__(self, encoding: SketchEncoding) -> None:
+        self.encoding = encoding
+        self.held: dict[str, Held] = {}
+        self.steps: list[int] = []
+        self._moments: PackedStep[Any] | None = None  # tensor by tensor, r moments each
+        self._own_gram_lrr = self._gram_Lrr = torch.zeros(0, encoding.size, encoding.size, dtype=torch.float64)
+        self._own_energy_lT = self._energy_LT = torch.zeros(0, 0, dtype=torch.float64)
+        self._torn = False
+
+    def begin(self, held: dict[str, Held], tensors: int) -> None:
+        """See `Collector`."""
+        size = self.encoding.size
+        self.held, self.steps, self._torn = held, [], False
+        numel = [one.placement.numel for one in held.values()]
+        arrays = {
+            "value": torch.zeros(size * sum(numel)),
+            "sizes": torch.tensor([[n] for n in numel for _ in range(size)], dtype=torch.int64).view(-1, 1),
+            "gram_row": torch.zeros(0, 0, dtype=torch.float64),
+        }
+        self._moments = PackedStep(self.encoding.part, arrays)
+        self._own_energy_lT = torch.zeros(len(held), 0, dtype=torch.float64)
+        self._energy_LT = torch.zeros(tensors, 0, dtype=torch.float64)
+
+    def resume(self, trajectory: Trajectory, rank: int, step: int) -> None:
+        """See `Collector`."""
+        self.steps, size = trajectory.steps_until(step), self.encoding.size
+        stored = trajectory.load(rank, self.steps[-1])
+        arrays = {
+            name: array.clone() for name, array in stored.arrays.items()
+        }  # not the mapped file: they are written to
+        self._moments = PackedStep(self.encoding.part, arrays)
+        own = arrays["gram_row"]
+        self._own_gram_lrr, self._own_energy_lT = own[:, : size**2].view(-1, size, size), own[:, size**2 :]
+        self._gram_Lrr, self._energy_LT = replay.sketched(trajectory, step)
+
+    def take(self, step: int, shards: Iterator[tuple[int, Held, torch.Tensor]]) -> Taken:
+        """See `Collector`; k = r^2 + 1, S S^T and |delta_t|^2."""
+        if self._torn:
+            raise RuntimeError("an earlier step was sketched half-way: resume from the trajectory on disk")
+        self._torn = True
+        size, first = self.encoding.size, (self.steps or [step])[0]
+        length = interval(first, step)
+        before = interval(first, self.steps[-1]) if self.steps else length
+        change = rebase(before, length, size) if length != before else None
+        weights = legendre([step], first, length, size)[0].tolist()
+        figures_lk = torch.zeros(len(self.held), size**2 + 1, dtype=torch.float64)
+        for i, held, data in shards:
+            moments = [part.value for part in self.parts(i)]
+            figures_lk[i] = _add_row(moments, held.state, data, weights, change)
+        self._own_gram_lrr = figures_lk[:, :-1].reshape(-1, size, size)
+        self._own_energy_lT = torch.cat([self._own_energy_lT, figures_lk[:, -1:]], dim=1)
+        return Taken(figures_lk, torch.nan, None)
+
+    def keep(self, step: int, figures_Lk: torch.Tensor) -> None:
+        """See `Collector`."""
+        size = self.encoding.size
+        self._gram_Lrr = figures_Lk[:, :-1].reshape(-1, size, size)
+        self._energy_LT = torch.cat([self._energy_LT, figures_Lk[:, -1:]], dim=1)
+        self.steps.append(step)
+        self._torn = False
+
+    def snapshot(self) -> PackedStep[Any] | None:
+        """See `Collector`; `gram_row` is (l, r^2 + T): this rank's part of S S^T and of each |delta_t|^2."""
+        assert self._moments is not None
+        if not self.steps or self._torn:
+            return None
+        self._moments.arrays["gram_row"] = torch.cat([self._own_gram_lrr.flatten(1), self._own_energy_lT], dim=1)
+        return self._moments
+
+    def gram(self) -> torch.Tensor:
+        """See `Collector`."""
+        return lifted_gram(self._gram_Lrr, self.steps)
+
+    def energy(self) -> torch.Tensor:
+        """See `Collector`."""
+        return self._energy_LT.sum(dim=1)
+
+    def parts(self, position: int) -> list[Any]:
+        """See `Collector`."""
+        assert self._moments is not None
+        size = self.encoding.size
+        return [self._moments.increment(size * position + j) for j in range(size)]
+
+    @property
+    def nbytes(self) -> int:
+        """See `Collector`."""
+        assert self._moments is not None
+        return self._moments.nbytes
+
+
+def _add_row(
+    moments: list[torch.Tensor],
+    origin: torch.Tensor,
+    now: torch.Tensor,
+    weights: list[float],
+    change: torch.Tensor | None,
+) -> torch.Tensor:
+    """Add one row to the moments of a shard, in place; a piece at a time, so that memory is read and written once.
+
+    Args:
+        moments: r tensors (n,) float32 on the host.
+        origin: (n,) float32, theta_0.
+        now: (n,) the weights, on any device.
+        weights: P_j of the row.
+        change: (r, r) of `rebase`, when the interval has grown.
+
+    Returns:
+        (r^2 + 1,) float64: S S^T, and the square of the row's norm.
+
+    Raises:
+        ValueError: weights that are not finite.
+    """
+    size = len(moments)
+    gram_rr, square = torch.zeros(size, size, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for start in range(0, len(origin), CHUNK):
+        piece = slice(start, min(start + CHUNK, len(origin)))
+        delta = now[piece].to("cpu", torch.float32) - origin[piece]
+        if not delta.isfinite().all():
+            raise ValueError("weights are not finite (NaN or infinity): the training run itself has diverged")
+        block_rn = torch.stack([moment[piece] for moment in moments])
+        if change is not None:
+            block_rn = change.float() @ block_rn
+        for j, weight in enumerate(weights):
+            moments[j][piece] = block_rn[j].add_(delta, alpha=weight)
+        exact_rn, exact_n = block_rn.double(), delta.double()
+        gram_rr += exact_rn @ exact_rn.T
+        square += exact_n @ exact_n
+    return torch.cat([gram_rr.flatten(), square.view(1)])
