@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -40,14 +40,26 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def resolve_model(model: str | os.PathLike[str]) -> Path:
-    """The folder of a model: itself when it is one, else the Hub snapshot of that id (from the cache if it is there)."""
-    if Path(model).is_dir():
-        return Path(model)
+    """The folder of a model: itself when it is one, else the Hub snapshot of that id (from the cache if it is there).
+
+    Raises:
+        FileNotFoundError: no such folder, or no such model on the Hub (or no way to it).
+    """
+    folder = Path(os.path.expanduser(model))
+    if folder.is_dir():
+        return folder
+    if "://" in str(model):
+        raise FileNotFoundError(f"{model} is an address: copy the model to a folder that this machine sees")
+    if str(model).startswith(("/", ".", "~")):
+        raise FileNotFoundError(f"{model} is no folder: it was moved, or the name is mistyped")
     from huggingface_hub import snapshot_download
 
-    return Path(
-        snapshot_download(str(model), allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"])
-    )
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=patterns))
+    except Exception as error:  # of several libraries, and of several lines
+        said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise FileNotFoundError(f"{model} is neither a folder nor a model that the Hub gives us: {said}") from error
 
 
 @dataclass(frozen=True)
@@ -123,15 +135,15 @@ class CheckpointWriter:
 
         Args:
             base: whose layout to take.
-            folder: the destination; replaced as a whole if it exists.
+            folder: the destination; replaced as a whole if it holds a checkpoint that was written here before.
             observed: names of the tensors that `write` will fill.
             aliases: tied name -> the observed name that it shares its elements with.
             dtype: of the observed tensors, bfloat16 or float32.
         """
         self.dtype = dtype
         stored_as = {torch.bfloat16: "BF16", torch.float32: "F32"}[dtype]
-        self.base, self.folder = base, folder
-        self.partial = folder.with_name(f".{folder.name}.partial")
+        self.base, self.folder = base, folder.resolve()  # "." has no name, and a link is not what to replace
+        self.partial = self.folder.with_name(f".{self.folder.name}.partial")
         self._targets: dict[str, list[str]] = {name: [name] for name in observed}
         for alias, name in aliases.items():
             self._targets[name].append(alias)
@@ -152,14 +164,20 @@ class CheckpointWriter:
         self._filled = filled
 
     def begin(self) -> None:
-        """Make the temporary folder with the files at their full size, headers and untouched tensors in place."""
+        """Make the temporary folder with the files at their full size, headers and untouched tensors in place.
+
+        Raises:
+            FileExistsError: the destination holds something else than a checkpoint that was written here.
+            OSError: no space left.
+        """
+        self._check_destination()
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
         for file, header in self._header.items():
             with open(self.partial / file, "wb") as stream:
                 stream.write(header)
                 stream.flush()
-                _reserve(stream.fileno(), len(header) + self._size[file])
+                _reserve(stream, len(header) + self._size[file])
         for name in self.base.entries:
             if name not in self._filled:
                 tensor = self.base.read(name).contiguous().flatten()
@@ -201,6 +219,20 @@ class CheckpointWriter:
         shutil.rmtree(replaced, ignore_errors=True)
         return self.folder
 
+    def _check_destination(self) -> None:
+        """Only what we wrote may be replaced: never the base, never a folder with somebody's work in it or below it."""
+        if self.folder.exists() and self.folder.samefile(self.base.folder):
+            raise FileExistsError(f"{self.folder} is the base model itself: give another folder")
+        if not self.folder.is_dir():
+            if self.folder.exists():
+                raise FileExistsError(f"{self.folder} is a file: give a folder")
+            return
+        inside = list(self.folder.iterdir())
+        if inside and (not (self.folder / "relex.json").is_file() or any(path.is_dir() for path in inside)):
+            raise FileExistsError(
+                f"{self.folder} exists and is no checkpoint that relex-verl wrote: give a new or an empty folder"
+            )
+
     @property
     def nbytes(self) -> int:
         """Bytes of the weights once written."""
@@ -224,14 +256,14 @@ class CheckpointWriter:
             write_json(self.partial / INDEX_NAME, {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map})
 
 
-def _reserve(descriptor: int, size: int) -> None:
+def _reserve(stream: BinaryIO, size: int) -> None:
     """Take the space now: a full disk is an OSError here, but kills the process when a mapped page is written."""
     try:
-        os.posix_fallocate(descriptor, 0, size)
+        os.posix_fallocate(stream.fileno(), 0, size)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise
-        os.ftruncate(descriptor, size)
+            raise OSError(error.errno, error.strerror, stream.name) from error
+        os.ftruncate(stream.fileno(), size)
 
 
 def _header_bytes(header: Mapping[str, Any]) -> bytes:

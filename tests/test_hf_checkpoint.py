@@ -1,7 +1,9 @@
+import errno
 import itertools
 import json
 import os
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -170,7 +172,8 @@ def test_a_crash_before_commit_leaves_no_destination_and_the_next_attempt_works(
 
 @pytest.mark.parametrize("failing", ["begin", "write", "fsync", "provenance"])
 def test_a_failure_leaves_the_old_destination_intact(base, tmp_path, monkeypatch, failing):
-    folder, values = write_whole(base, tmp_path / "out", new_values(base, 1)), new_values(base, 2)
+    old = {"method": "relex"}
+    folder, values = write_whole(base, tmp_path / "out", new_values(base, 1), provenance=old), new_values(base, 2)
     before = content(folder)
     rename = os.replace
     if failing == "begin":
@@ -194,11 +197,72 @@ def out_of_space(*args, **kwargs):
 
 
 def test_commit_replaces_the_old_destination_as_a_whole(base, tmp_path):
-    folder = write_whole(base, tmp_path / "out", new_values(base, 1))
+    folder = write_whole(base, tmp_path / "out", new_values(base, 1), provenance={"method": "relex"})
     (folder / "stale.txt").write_text("of the old one")
     values = new_values(base, 2)
     write_whole(base, folder, values)
     assert content(folder) == content(write_whole(base, tmp_path / "other", values))
+
+
+def work_of_others(folder):
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("ten years")
+
+
+def run_that_a_prediction_stands_in(folder):
+    (folder / "trajectory").mkdir(parents=True)
+    (folder / "trajectory/index.json").write_text("{}")
+    (folder / "relex.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("occupy", "says"),
+    [
+        (work_of_others, "no checkpoint that relex-verl wrote"),
+        (run_that_a_prediction_stands_in, "no checkpoint that relex-verl wrote"),
+        (lambda folder: folder.write_text("a file"), "is a file"),
+    ],
+)
+def test_what_we_did_not_write_is_never_replaced(base, tmp_path, occupy, says):
+    folder = tmp_path / "out"
+    occupy(folder)
+    before = {path: path.read_bytes() for path in [folder, *folder.rglob("*")] if path.is_file()}
+    with pytest.raises(FileExistsError, match=says):
+        write_whole(base, folder, new_values(base))
+    assert {path: path.read_bytes() for path in [folder, *folder.rglob("*")] if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_base_is_never_replaced_nor_a_folder_around_it(base, tmp_path):
+    """Not even a base that is itself a checkpoint of ours, under another name."""
+    home = tmp_path / "home"
+    model = BaseCheckpoint(write_whole(base, home / "model", new_values(base), provenance={"method": "relex"}))
+    before = content(model.folder)
+    (tmp_path / "link").symlink_to(model.folder)
+    for folder in (model.folder, tmp_path / "link", home / "model" / ".." / "model"):
+        with pytest.raises(FileExistsError, match="is the base model itself"):
+            write_whole(model, folder, new_values(base, 2))
+    with pytest.raises(FileExistsError, match="no checkpoint that relex-verl wrote"):
+        write_whole(model, home, new_values(base, 2))
+    assert content(model.folder) == before
+
+
+def test_an_empty_folder_is_filled_even_the_one_where_the_user_stands(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    values = new_values(base)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert write_whole(base, Path("."), values) == tmp_path / "here"
+    assert content(tmp_path / "here") == content(write_whole(base, tmp_path / "other", values))
+
+
+def test_no_space_names_the_place(base, tmp_path, monkeypatch):
+    def full(descriptor, offset, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}/.out.partial/"):
+        write_whole(base, tmp_path / "out", new_values(base))
 
 
 def test_provenance_stands_beside_the_weights(base, tmp_path):
@@ -267,8 +331,30 @@ def test_a_folder_without_safetensors_is_refused_with_the_cure(tmp_path):
         BaseCheckpoint(tmp_path)
 
 
-def test_a_folder_is_its_own_model(tmp_path):
+def test_a_folder_is_its_own_model(tmp_path, monkeypatch):
     assert resolve_model(str(tmp_path)) == tmp_path
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    assert resolve_model(f"~/{tmp_path.name}") == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ("/moved/model", "/moved/model is no folder: it was moved"),
+        ("./model", "is no folder"),
+        ("../model", "is no folder"),
+        ("~/no/such/model", "is no folder"),
+        ("~nobody-at-all/model", "is no folder"),
+        ("hdfs://node/model", "is an address: copy the model"),
+        ("owner/model", "owner/model is neither a folder nor a model that the Hub gives us: "),
+        ("three/part/name", "three/part/name is neither"),
+    ],
+)
+def test_a_model_that_is_nowhere_is_one_clear_line(model, says, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=re.escape(says)) as caught:
+        resolve_model(model)
+    assert "\n" not in str(caught.value)
 
 
 def test_json_is_replaced_at_once_or_not_at_all(tmp_path, monkeypatch):
