@@ -15,14 +15,18 @@ __all__ = [
     "Traffic",
     "available_memory",
     "budget",
+    "change_between_rows",
     "check_disk",
     "check_memory",
+    "gib",
     "traffic",
 ]
 
 # Share of the bf16 weights that change from one RL step to the next: 0.5-3 % as published for RL of language models
 # (verl's delta-sync measurements; PULSE, arXiv:2602.03839), so that 3 % is on the safe side.
 ASSUMED_CHANGE_RATE = 0.03
+# Files of a sketch on disk at a time: the two that are kept, and the one being written.
+SKETCH_FILES = 3
 
 
 class BudgetError(RuntimeError):
@@ -44,6 +48,11 @@ class Budget:
     predictions: int
 
 
+def change_between_rows(change_rate: float, observe_every: int) -> float:
+    """Share of the bf16 weights that change from row to row: at most as many as in all the steps between them."""
+    return min(1.0, change_rate * observe_every)
+
+
 def budget(
     encoding: Encoding,
     rank_elements: int,
@@ -51,6 +60,7 @@ def budget(
     rows: int,
     predictions: int,
     change_rate: float = ASSUMED_CHANGE_RATE,
+    tensors: int = 0,
 ) -> Budget:
     """Estimate the cost of a run.
 
@@ -61,11 +71,13 @@ def budget(
         rows: observed steps up to the cut.
         predictions: checkpoints to be written.
         change_rate: share of the bf16 weights that change from row to row.
+        tensors: L; their Gram matrices are held by every rank, twice while G is made from H.
     """
-    row_bytes = encoding.row_bytes(change_rate)
+    rows_bytes, fixed = rows * encoding.row_bytes(change_rate), encoding.fixed_bytes
+    gram = 2 * tensors * rows**2 * 8
     return Budget(
-        memory=round(rank_elements * (encoding.state_bytes + rows * row_bytes)),
-        trajectory=round(all_elements * rows * row_bytes),
+        memory=round(rank_elements * (encoding.state_bytes + rows_bytes + fixed)) + gram,
+        trajectory=round(all_elements * (rows_bytes + SKETCH_FILES * fixed)),
         predictions=predictions * all_elements * 2,
     )
 
@@ -92,16 +104,24 @@ def _file_cache() -> int:
     return sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))
 
 
-def check_memory(need: int, available: int, ranks: int) -> None:
+def check_memory(need: int, available: int, ranks: int, reserved: int = 0) -> None:
     """Refuse a run whose ranks on this node would not fit.
 
+    Args:
+        need: bytes that the ranks on this node are still to take.
+        available: bytes that the node has.
+        ranks: on this node.
+        reserved: bytes of these that the training itself will take later (an optimizer state that is kept on the host).
+
     Raises:
-        BudgetError: with both figures and what to change.
+        BudgetError: with the figures and what to change.
     """
-    if need > available:
+    if need + reserved > available:
+        later = f", of which the optimizer will take {gib(reserved)}" if reserved else ""
         raise BudgetError(
-            f"following this run needs about {_gib(need)} of host memory on a node ({ranks} ranks), {_gib(available)} are "
-            "available: lower relex.t_cut, raise relex.observe_every, or run without RELEX"
+            f"following this run takes about {gib(need)} of host memory on a node ({ranks} ranks), {gib(available)} are "
+            f"available{later}: lower relex.t_cut, raise relex.observe_every, take relex.trajectory=bf16 or sketch, or run "
+            "without RELEX"
         )
 
 
@@ -116,13 +136,14 @@ def check_disk(need: Budget, folder: Path) -> None:
     total = need.trajectory + need.predictions
     if total > free:
         raise BudgetError(
-            f"relex.output_dir={folder} has {_gib(free)} free, about {_gib(total)} are needed ({_gib(need.trajectory)} for "
-            f"the trajectory, {_gib(need.predictions)} for predicted checkpoints): choose another folder, fewer "
+            f"relex.output_dir={folder} has {gib(free)} free, about {gib(total)} are needed ({gib(need.trajectory)} for "
+            f"the trajectory, {gib(need.predictions)} for predicted checkpoints): choose another folder, fewer "
             "relex.targets, or an earlier relex.t_cut"
         )
 
 
-def _gib(size: float) -> str:
+def gib(size: float) -> str:
+    """A number of bytes for people."""
     return f"{size / 2**30:.1f} GiB"
 
 
@@ -131,8 +152,9 @@ class Traffic:
     """Bytes that one rank moves.
 
     Attributes:
-        observe: memory read at the last observed step (the most of any): weights, the row before, and all rows so far.
-        append: disk, written at every observed step.
+        observe: memory read at the last observed step (the most of any): weights, state, and all that is kept so far; for a
+            sketch also written back.
+        append: disk, written at every observed step; for a sketch only where it is stored.
         predict: memory read and written for one prediction at the cut.
     """
 
@@ -151,5 +173,6 @@ def traffic(encoding: Encoding, rank_elements: int, rows: int, change_rate: floa
         change_rate: share of the bf16 weights that change from row to row.
     """
     row = rank_elements * encoding.row_bytes(change_rate)
-    state = rank_elements * encoding.state_bytes
-    return Traffic(round(2 * state + rows * row), round(row), round(state + rows * row + 2 * rank_elements))
+    state, fixed = rank_elements * encoding.state_bytes, rank_elements * encoding.fixed_bytes
+    kept = rows * row + fixed
+    return Traffic(round(2 * state + kept + fixed), round(row + fixed), round(state + kept + 2 * rank_elements))

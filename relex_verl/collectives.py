@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-__all__ = ["PeerError", "all_or_nothing", "gather", "merge", "rank", "sum_over_ranks", "world_size"]
+__all__ = ["PeerError", "all_or_nothing", "gather", "merge", "rank", "sum_over_ranks", "together", "world_size"]
 
 
 class PeerError(RuntimeError):
@@ -74,3 +74,14 @@ def all_or_nothing(error: BaseException | None) -> None:
         raise error
     if failed.item():
         raise PeerError(f"{int(failed.item())} of {world_size()} ranks failed in RELEX; their logs say why")
+
+
+class together:  # used like a function: with together():
+    """A phase that ends on all ranks together: one rank's error is raised on each. No collective call inside."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if error is None or isinstance(error, Exception):
+            all_or_nothing(error)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from relex_verl import replay
-from relex_verl.encodings import ENCODINGS, PackedStep, RowEncoding, SketchEncoding
+from relex_verl.encodings import ENCODINGS, PackedStep, Packing, RowEncoding, SketchEncoding
 from relex_verl.gram import append_row, delta_gram
 from relex_verl.shards import Placement
 from relex_verl.sketch import interval, legendre, lifted_gram, rebase
@@ -43,12 +43,12 @@ class Taken(NamedTuple):
 
     Attributes:
         figures_lk: (l, k) float64, a row for each tensor held; summed over the ranks they say something of the whole.
-        changed: elements whose change since the row before was not 0; NaN where no row before is kept.
+        changed_l: (l,) elements whose change since the row before was not 0; NaN where no row before is kept.
         file: to be written for this step; None when nothing is.
     """
 
     figures_lk: torch.Tensor
-    changed: float
+    changed_l: torch.Tensor
     file: PackedStep[Any] | None
 
 
@@ -87,9 +87,8 @@ class Collector(Protocol):
     def parts(self, position: int) -> list[Any]:
         """What `Encoding.accumulate` adds up, for the tensor at this position among those held."""
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of this rank, besides the states; on disk the same."""
+    def bytes_of_tensors(self) -> torch.Tensor:
+        """Bytes of each tensor held, besides the states, (l,) float64; on disk the same."""
 
 
 def collector_of(encoding: str) -> "RowCollector | SketchCollector":
@@ -127,15 +126,17 @@ class RowCollector:
 
     def take(self, step: int, shards: Iterator[tuple[int, Held, torch.Tensor]]) -> Taken:
         """See `Collector`; k = T + 1, the new row of H."""
-        increments: list[Any] = []
+        packing: Packing[Any] = Packing(
+            self.encoding.part, self.encoding.sizes([len(h.state) for h in self.held.values()])
+        )
         row_lT = torch.zeros(len(self.held), len(self.packed) + 1, dtype=torch.float64)
+        changed_l = torch.zeros(len(self.held), dtype=torch.float64)
         for i, held, data in shards:
-            increment = self.encoding.encode(held.state, data)
-            history = [packed.increment(i) for packed in self.packed]
-            row_lT[i] = self.encoding.dots([*history, increment], len(held.state), data.device)
-            increments.append(increment)
-        self._taken = PackedStep.pack(self.encoding.part, increments, row_lT)
-        return Taken(row_lT, float(sum(increment.changed for increment in increments)), self._taken)
+            increment = packing.add(self.encoding.encode(held.state, data))
+            row_lT[i] = self.encoding.dots([*self.parts(i), increment], len(held.state), data.device)
+            changed_l[i] = increment.changed
+        self._taken = packing.step(row_lT)
+        return Taken(row_lT, changed_l, self._taken)
 
     def keep(self, step: int, figures_Lk: torch.Tensor) -> None:
         """See `Collector`."""
@@ -162,10 +163,10 @@ class RowCollector:
         """See `Collector`."""
         return [packed.increment(position) for packed in self.packed]
 
-    @property
-    def nbytes(self) -> int:
+    def bytes_of_tensors(self) -> torch.Tensor:
         """See `Collector`."""
-        return sum(packed.nbytes for packed in self.packed)
+        zero = torch.zeros(len(self.held), dtype=torch.float64)
+        return sum((packed.bytes_of_tensors() for packed in self.packed), start=zero)
 
 
 class SketchCollector:
@@ -225,7 +226,7 @@ class SketchCollector:
             figures_lk[i] = _add_row(moments, held.state, data, weights, change)
         self._own_gram_lrr = figures_lk[:, :-1].reshape(-1, size, size)
         self._own_energy_lT = torch.cat([self._own_energy_lT, figures_lk[:, -1:]], dim=1)
-        return Taken(figures_lk, torch.nan, None)
+        return Taken(figures_lk, torch.full((len(self.held),), torch.nan, dtype=torch.float64), None)
 
     def keep(self, step: int, figures_Lk: torch.Tensor) -> None:
         """See `Collector`."""
@@ -257,11 +258,10 @@ class SketchCollector:
         size = self.encoding.size
         return [self._moments.increment(size * position + j) for j in range(size)]
 
-    @property
-    def nbytes(self) -> int:
+    def bytes_of_tensors(self) -> torch.Tensor:
         """See `Collector`."""
         assert self._moments is not None
-        return self._moments.nbytes
+        return self._moments.bytes_of_tensors().double().view(-1, self.encoding.size).sum(dim=1)
 
 
 def _add_row(

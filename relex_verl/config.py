@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from relex_verl.extrapolators import METHODS
+from relex_verl.sketch import SIZES
 
 __all__ = ["ConfigError", "Plan", "RelexConfig"]
 
@@ -36,15 +37,17 @@ class Plan:
         t_cut: the step at which to fit; the next one, once a cut has not won.
         targets: steps to predict, ascending.
         observe_every: steps between two observed rows.
+        first: no row is taken before this step.
     """
 
     t_cut: int
     targets: list[int]
     observe_every: int
+    first: int = 1
 
     def observes(self, step: int) -> bool:
         """Whether a row is taken after this step: every `observe_every` steps, and always at the cut."""
-        return step <= self.t_cut and (step % self.observe_every == 0 or step == self.t_cut)
+        return self.first <= step <= self.t_cut and (step % self.observe_every == 0 or step == self.t_cut)
 
     def rows_from(self, first: int) -> int:
         """Observed steps from `first` up to the cut."""
@@ -64,9 +67,11 @@ class RelexConfig:
         t_cut: when to fit: a share of all steps if below 1, else a step.
         targets: what to predict: shares of all steps (up to 1.0) or steps (whole numbers above 1).
         trajectory: how weights are followed: "fp32" is the float32 master weights (where the engine has them, else
-            "bf16"), "bf16" the bfloat16 weights that the rollout sees, exactly (the paper's own setting).
+            "bf16"), "bf16" the bfloat16 weights that the rollout sees, exactly (the paper's own setting), "sketch" keeps
+            moments of the float32 weights in memory that does not grow with the window, but no single row.
         quantization: how a row of an "fp32" trajectory is kept: "int8", "int4", or "none" (float32).
-        observe_every: steps between two rows; "auto" aims at 16 rows up to the cut for "fp32", takes each for "bf16".
+        sketch_size: r, how many polynomials over the steps a "sketch" keeps, 2 to 6.
+        observe_every: steps between two rows; "auto" aims at 16 rows up to the cut for "fp32", takes each step for others.
         fit_from: the first step that takes part in the fit; later than 1 leaves a learning-rate warm-up out.
         methods: names of extrapolators, see `relex_verl.extrapolators.METHODS`.
         rank: r, directions kept a tensor.
@@ -86,6 +91,7 @@ class RelexConfig:
     targets: list[float] = field(default_factory=lambda: [1.0])
     trajectory: str = "fp32"
     quantization: str = "int8"
+    sketch_size: int = 4
     observe_every: int | str = "auto"
     fit_from: int = 1
     methods: list[str] = field(default_factory=lambda: ["relex"])
@@ -116,17 +122,35 @@ class RelexConfig:
         values: dict[str, Any] = {key: list(value) if _is_list(value) else value for key, value in node.items()}
         config = cls(**values)
         config._check()
-        whole = {key: int(getattr(config, key)) for key in ("rank", "fit_from", "max_candidates")}
+        whole = {key: int(getattr(config, key)) for key in ("rank", "fit_from", "max_candidates", "sketch_size")}
         return replace(config, **whole)  # type: ignore[arg-type]  # 2.0 is a whole number, but no index
 
     def _check(self) -> None:
-        _one_of("relex.trajectory", self.trajectory, ["fp32", "bf16"])
+        _one_of("relex.trajectory", self.trajectory, ["fp32", "bf16", "sketch"])
         _one_of("relex.quantization", self.quantization, ["int8", "int4", "none"])
         _one_of("relex.on_error", self.on_error, ["disable", "raise"])
         _one_of("relex.on_cut", self.on_cut, ["advise", "stop"])
         self._check_when()
         self._check_fit()
+        self._check_sketch()
         self._check_scoring()
+
+    def _check_sketch(self) -> None:
+        if self.sketch_size not in SIZES:
+            cure = f"give a whole number from {SIZES.start} to {SIZES.stop - 1}"
+            raise ConfigError("relex.sketch_size", self.sketch_size, cure)
+        if self.trajectory != "sketch":
+            return
+        for method in self.methods:
+            degree = METHODS[method].degree
+            if degree is None or degree >= self.sketch_size:
+                able = [
+                    name for name, one in METHODS.items() if one.degree is not None and one.degree < self.sketch_size
+                ]
+                cure = f"a sketch keeps no single row: with relex.trajectory=sketch use {', '.join(able)}"
+                raise ConfigError("relex.methods", method, cure)
+        if self.rank > self.sketch_size:
+            raise ConfigError("relex.rank", self.rank, f"relex.sketch_size={self.sketch_size} holds no more directions")
 
     def _check_when(self) -> None:
         if not _is_number(self.t_cut) or self.t_cut <= 0:
@@ -189,7 +213,10 @@ class RelexConfig:
             cure = f"resolves to step {t_cut}, but the run has {total_steps}: give a step within 1..{total_steps}"
             raise ConfigError("relex.t_cut", self.t_cut, cure)
         targets = sorted({self._target(target, t_cut, total_steps) for target in self.targets})
-        plan = Plan(t_cut, targets, self._every(t_cut, trajectory or self.trajectory))
+        kind = trajectory or self.trajectory
+        # A sketch cannot leave out afterwards what it has added up.
+        first = max(1, self.fit_from) if kind == "sketch" else 1
+        plan = Plan(t_cut, targets, self._every(t_cut, kind), first)
         rows = plan.rows_from(self.fit_from)
         needed = max(METHODS[method].min_rows for method in self.methods)
         if rows < needed:
@@ -214,7 +241,7 @@ class RelexConfig:
         if trajectory == "fp32" and self.observe_every == "auto" and plan.t_cut == first_cut:
             every *= 4
         later = [target for target in plan.targets if target > t_cut]
-        return Plan(t_cut, later or [2 * t_cut], every)
+        return replace(plan, t_cut=t_cut, targets=later or [2 * t_cut], observe_every=every)
 
     def _every(self, t_cut: int, trajectory: str) -> int:
         if self.observe_every != "auto":

@@ -52,9 +52,15 @@ def random_walk_gram(steps: Sequence[int]) -> torch.Tensor:
     return torch.minimum(steps_T.unsqueeze(0), steps_T.unsqueeze(1)).unsqueeze(0)
 
 
-def explained_variance(of: Spectrum, rank: int = 1) -> torch.Tensor:
-    """Share of sum_t |delta_t|^2 in the top r directions: sum_{i<=r} sigma_i^2 / trace G (paper, section 3.1); (L,)."""
-    return of.values_LT[:, :rank].sum(-1) / _trace(of.gram_LTT)
+def explained_variance(of: Spectrum, rank: int = 1, energy_L: torch.Tensor | None = None) -> torch.Tensor:
+    """Share of sum_t |delta_t|^2 in the top r directions: sum_{i<=r} sigma_i^2 / trace G (paper, section 3.1); (L,).
+
+    Args:
+        of: of the rows.
+        rank: r.
+        energy_L: sum_t |delta_t|^2 where G is that of a sketch, which leaves some of it out: then a lower bound.
+    """
+    return of.values_LT[:, :rank].sum(-1) / (_trace(of.gram_LTT) if energy_L is None else energy_L)
 
 
 def spectral_gap(of: Spectrum) -> torch.Tensor:
@@ -119,18 +125,26 @@ def split_half_agreement(gram_LTT: torch.Tensor) -> torch.Tensor:
     return (inner_L / (first.values_LT[:, 0] * second.values_LT[:, 0]).sqrt()).abs().clamp_max(1.0)
 
 
-def describe(gram_LTT: torch.Tensor, steps: Sequence[int], rank: int = 1) -> dict[str, torch.Tensor]:
+def describe(
+    gram_LTT: torch.Tensor, steps: Sequence[int], rank: int = 1, energy_L: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """The figures that are logged for every observed step, one value a tensor.
 
     Args:
         gram_LTT: G, (L, T, T).
         steps: the T real step numbers.
         rank: directions counted in the explained variance.
+        energy_L: sum_t |delta_t|^2 where G is that of a sketch: smoothed rows say nothing of how straight the real ones
+            are, so only the explained variance is defined then.
 
     Returns:
         Name -> (L,). `drift` is against the first half of the rows; NaN until there are two halves.
     """
     late = spectrum(gram_LTT)
+    if energy_L is not None:
+        undefined_L = torch.full_like(energy_L, torch.nan)
+        others = dict.fromkeys(("line_r2", "spectral_gap", "drift"), undefined_L)
+        return {"explained_variance": explained_variance(late, rank, energy_L), **others}
     half = len(steps) // 2
     drift_L = (
         direction_drift(spectrum(gram_LTT[:, :half, :half]), late)

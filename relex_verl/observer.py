@@ -4,27 +4,27 @@
 disk. Both end in `predicted_tensors`, so a prediction has the same bits whichever way it was made.
 """
 
-import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from relex_verl import collectives
+from relex_verl import collectives, opening
+from relex_verl.collectives import together
 from relex_verl.collectors import Held, collector_of
 from relex_verl.encodings import ENCODINGS, Encoding, RowEncoding
 from relex_verl.hf_checkpoint import BaseCheckpoint, CheckpointWriter, resolve_model
 from relex_verl.prediction import Prediction, predicted_tensors
 from relex_verl.replay import ShardHistory
-from relex_verl.shards import Placement, ShardSource, TensorShard, check_cover, share_out
-from relex_verl.trajectory import Trajectory, TrajectoryError, TrajectoryIndex, Window
+from relex_verl.shards import ShardSource, TensorShard, check_cover, share_out
+from relex_verl.trajectory import Trajectory, TrajectoryError, TrajectoryIndex
 
 __all__ = ["Observation", "Observer"]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,15 @@ class Observation:
         step: the training step.
         changed_share: share of the weights whose change since the row before was not 0 (as the encoding keeps it); NaN for a
             sketch, which does not keep the row before.
-        stored_bytes: bytes that the trajectory holds (those of a sketch are written by `save`).
+        stored_bytes: bytes that the trajectory holds of all steps (those of a sketch are written by `save`).
+        changed_share_L, stored_bytes_L: the same of each tensor, (L,).
     """
 
     step: int
     changed_share: float
     stored_bytes: int
+    changed_share_L: torch.Tensor
+    stored_bytes_L: torch.Tensor
 
 
 class Observer:
@@ -64,33 +67,44 @@ class Observer:
         self.encoding_name = encoding
         self.encoding: Encoding = ENCODINGS[encoding]
         self.folder, self.base_model, self.aliases, self.run = folder, base_model, dict(aliases), dict(run)
-        self.base = BaseCheckpoint(resolve_model(base_model))
         self.collector = collector_of(encoding)
         self.held: dict[str, Held] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}  # of all tensors of all ranks, in the order of the stacks
-        self.stored_bytes = 0
+        self.stored_L = torch.zeros(0, dtype=torch.float64)  # bytes on disk of each tensor
+        self._base: BaseCheckpoint | None = None
         self._trajectory: Trajectory | None = None
 
     # Start and resume
 
-    def start(self, source: ShardSource) -> None:
+    def start(self, source: ShardSource, admit: Callable[[int, int], None] = lambda elements, tensors: None) -> None:
         """Take theta_0, before any checkpoint is loaded: who counts what, and whether it is the base model.
+
+        Args:
+            source: the engine's weights.
+            admit: called on all ranks with the elements that this one will hold and the number of all tensors, before
+                memory is taken for them; it may raise (on all ranks together) to refuse.
 
         Raises:
             ValueError: a tensor is not in the base checkpoint, or its elements are not covered exactly once.
         """
-        with _together():
+        with together():
+            self._base = BaseCheckpoint(resolve_model(self.base_model))
+        with together():
             found = [(shard.name, shard.shape, shard.placement) for shard in source]
-            self._check_names(found)
+            opening.check_names(found, self.base)
         counted = share_out(collectives.gather(found))
         mine = counted[collectives.rank()]
-        with _together():
+        with together():
             self.shapes = check_cover(counted)
-            for shard in source:
+            self._check_aliases()
+        admit(sum(placement.numel for _, placement in mine.values()), len(self.shapes))
+        with together(), _exhausted(source) as shards:
+            for shard in shards:
                 if shard.name in mine:
                     state = shard.data.detach().to("cpu", self.encoding.dtype, copy=True)
                     self.held[shard.name] = Held(shard.shape, shard.placement, state)
             self.collector.begin(self.held, len(self.shapes))
+            self.stored_L = torch.zeros(len(self.shapes), dtype=torch.float64)
 
     def open(self, step: int) -> None:
         """Begin a trajectory on disk, or go on with the one of this run after `step` (0: from the start).
@@ -98,58 +112,27 @@ class Observer:
         Raises:
             TrajectoryError: the folder holds the trajectory of another run, or of another number of ranks.
         """
-        existing = None
-        with _together():
-            if (self.folder / "index.json").exists():
-                existing = Trajectory(self.folder)
-                self._check_same_run(existing)
-        if existing is not None and existing.kept_after(step):
-            self._resume(existing, step)
-        else:
-            self._create()
-
-    def _create(self) -> None:
-        is_base = False
-        with _together():
-            is_base = all(
-                torch.equal(_bits(self.base.read(name, held.placement).to(self.encoding.dtype)), _bits(held.state))
-                for name, held in self.held.items()
-            )
-        everywhere_base = all(collectives.gather(is_base))
-        with _together():
-            if collectives.rank() == 0:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                Trajectory.create(self.folder, self._new_index("base" if everywhere_base else "stored"))
-        with _together():
-            if not (self.folder / "index.json").exists():
-                raise TrajectoryError(
-                    f"rank {collectives.rank()} does not see {self.folder}, which rank 0 made: relex.output_dir must "
-                    "lie on a file system that all nodes share"
-                )
-            self._trajectory = Trajectory(self.folder)
-            placements = {name: held.placement for name, held in self.held.items()}
-            parts = None if everywhere_base else [held.state for held in self.held.values()]
-            self._trajectory.declare_rank(collectives.rank(), placements, parts)
-
-    def _new_index(self, origin: str) -> TrajectoryIndex:
         tensors = {name: list(shape) for name, shape in self.shapes.items()}
-        ranks = collectives.world_size()
-        windows = [Window(0, origin)]
-        return TrajectoryIndex(self.base_model, self.encoding_name, ranks, tensors, self.aliases, self.run, windows)
+        index = TrajectoryIndex(
+            self.base_model, self.encoding_name, collectives.world_size(), tensors, self.aliases, self.run
+        )
+        found = opening.find(self.folder, index, step)
+        if found is None:
+            self._trajectory = opening.create(self.folder, index, self.held, self.base)
+        else:
+            self._resume(*found)
 
-    def _resume(self, existing: Trajectory, step: int) -> None:
+    def _resume(self, existing: Trajectory, steps: Sequence[int]) -> None:
         rank = collectives.rank()
-        with _together():
-            placements = existing.placements(rank)
-            if placements != {name: held.placement for name, held in self.held.items()}:
+        with together():
+            if existing.placements(rank) != {name: held.placement for name, held in self.held.items()}:
                 raise TrajectoryError(f"{self.folder} was written with the weights cut otherwise between the ranks")
-            existing.forget(step)
-            self.collector.resume(existing, rank, step)
-        with _together():
+            self.collector.resume(existing, rank, steps[-1])
+        with together():
             if rank == 0:
-                existing.truncate(step)
-        self.stored_bytes = sum(collectives.gather(self.collector.nbytes))
+                existing.truncate(steps[-1])
         self._trajectory = existing
+        self._count_bytes()
 
     # Observe
 
@@ -164,47 +147,55 @@ class Observer:
         Raises:
             ValueError: weights that are not finite; shards that differ from the first time.
         """
-        with _together():
-            figures_lk, changed, file = self.collector.take(step, self._counted(source))
+        with together(), _exhausted(source) as shards:
+            figures_lk, changed_l, file = self.collector.take(step, self._counted(shards))
             if file is not None:
                 self.trajectory.append(collectives.rank(), step, file)
-        figures_Lk = torch.zeros(len(self.shapes), figures_lk.shape[1], dtype=torch.float64)
-        figures_Lk[self._rows_held()] = figures_lk
-        elements = sum(held.placement.numel for held in self.held.values())
-        written = 0 if file is None else file.nbytes
-        counts = torch.tensor([changed, elements, written], dtype=torch.float64)
-        total = collectives.sum_over_ranks(torch.cat([figures_Lk.flatten(), counts]))
+        mine_lk = torch.zeros(len(self.held), figures_lk.shape[1] + 2, dtype=torch.float64)
+        mine_lk[:, :-2], mine_lk[:, -2] = figures_lk, changed_l
+        if file is not None:
+            mine_lk[:, -1] = file.bytes_of_tensors()
+        total_Lk = torch.zeros(len(self.shapes), mine_lk.shape[1], dtype=torch.float64)
+        total_Lk[self._rows_held()] = mine_lk
+        total_Lk = collectives.sum_over_ranks(total_Lk)
         if file is not None:
             self._commit(step)
         # From here on nothing can fail on one rank alone.
-        self.collector.keep(step, total[:-3].view_as(figures_Lk))
-        changed, elements, written = total[-3:].tolist()
-        self.stored_bytes += int(written)
-        return Observation(step, changed / elements, self.stored_bytes)
+        self.collector.keep(step, total_Lk[:, :-2])
+        elements_L = torch.tensor([prod(shape) for shape in self.shapes.values()], dtype=torch.float64)
+        self.stored_L = self.stored_L + total_Lk[:, -1]
+        changed_L = total_Lk[:, -2]
+        share = float(changed_L.sum() / elements_L.sum())
+        return Observation(step, share, int(self.stored_L.sum()), changed_L / elements_L, self.stored_L)
 
     def save(self) -> None:
         """Put on disk what only memory holds, for a run that resumes after this step: a sketch. Rows are there already."""
-        with _together():
+        with together():
             whole = self.collector.snapshot()
             if whole is not None:
                 self.trajectory.append(collectives.rank(), self.steps[-1], whole)
         if whole is not None:
-            with _together():
+            with together():
                 if collectives.rank() == 0:
                     self.trajectory.commit_sketch(self.steps)
-            self.stored_bytes = int(collectives.sum_over_ranks(torch.tensor([float(whole.nbytes)])).item())
+            self._count_bytes()
+
+    def _count_bytes(self) -> None:
+        stored_L = torch.zeros(len(self.shapes), dtype=torch.float64)
+        stored_L[self._rows_held()] = self.collector.bytes_of_tensors()
+        self.stored_L = collectives.sum_over_ranks(stored_L)
 
     def _commit(self, step: int) -> None:
-        with _together():
+        with together():
             if collectives.rank() == 0:
                 self.trajectory.commit(step)
             else:
                 self.trajectory.steps.append(step)
 
-    def _counted(self, source: ShardSource) -> Iterator[tuple[int, Held, torch.Tensor]]:
+    def _counted(self, shards: Iterator[TensorShard]) -> Iterator[tuple[int, Held, torch.Tensor]]:
         """The shards that this rank counts, with their positions: all of them, in the same order as at the start."""
         names, i = list(self.held), 0
-        for shard in source:
+        for shard in shards:
             if shard.name not in self.held:
                 continue
             if i == len(names) or shard.name != names[i] or shard.placement != self.held[names[i]].placement:
@@ -225,6 +216,10 @@ class Observer:
         """G of all rows so far, (L, T, T), the same on every rank; for a sketch smoothed to polynomials."""
         return self.collector.gram()
 
+    def energy(self) -> torch.Tensor | None:
+        """sum_t |delta_t|^2, (L,), for a sketch, whose G does not say it; else None."""
+        return self.collector.energy()
+
     def histories(self) -> Iterator[ShardHistory]:
         """This rank's shards with all that is kept of them, in the order of the stacks."""
         index = {name: i for i, name in enumerate(self.held)}
@@ -242,51 +237,47 @@ class Observer:
         names, gram_LTT = list(self.shapes), self.gram()
         return predicted_tensors(self.histories(), self.encoding, names, gram_LTT, self.steps, prediction)
 
-    def whole_tensors(self, shards: Iterator[TensorShard], device: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        """Put the ranks' shards together, one tensor at a time: what a rollout engine wants. Collective, to the end.
-
-        Args:
-            shards: this rank's, in the order of the stacks.
-            device: where the whole tensors go.
-
-        Yields:
-            Name and whole tensor, bfloat16, on each rank; a tied name follows the one that it shares its elements with.
-        """
-        shard = next(shards, None)
-        for name, shape in self.shapes.items():
-            flat = torch.zeros(torch.Size(shape).numel(), dtype=torch.bfloat16, device=device)
-            while shard is not None and shard.name == name:
-                data = shard.data.to(device, torch.bfloat16)
-                for local, full, length in shard.placement.runs():
-                    flat[full : full + length] = data[local : local + length]
-                shard = next(shards, None)
-            tensor = collectives.merge(flat).view(shape)
-            yield name, tensor
-            yield from ((alias, tensor) for alias, held in self.aliases.items() if held == name)
-
     def observed_now(self, source: ShardSource) -> Iterator[TensorShard]:
-        """This rank's shards as the engine holds them, rounded to bfloat16, in the order of the stacks."""
+        """This rank's shards as the engine holds them, rounded to bfloat16, in the order of the stacks.
+
+        On the host: the rollout's weights are on the device already.
+        """
         mine = {}
         for shard in source:
             if shard.name in self.held:
-                mine[shard.name] = TensorShard(
-                    shard.name, shard.shape, shard.placement, shard.data.to(torch.bfloat16, copy=True)
-                )
+                data = shard.data.detach().to("cpu", torch.bfloat16, copy=True)
+                mine[shard.name] = TensorShard(shard.name, shard.shape, shard.placement, data)
         return (mine[name] for name in self.shapes if name in mine)
 
     def write_prediction(self, prediction: Prediction, folder: Path, provenance: Mapping[str, Any]) -> Path:
         """Write the predicted checkpoint together: every rank puts its own elements into the shared files."""
-        writer = CheckpointWriter(self.base, folder, set(self.shapes), self.aliases)
-        with _together():
+        with together():
+            writer = CheckpointWriter(self.base, folder, set(self.shapes), self.aliases)
+        try:
+            with together():
+                if collectives.rank() == 0:
+                    writer.begin()
+            with together():
+                for shard in self.predicted_tensors(prediction):
+                    writer.write(shard)
+            with together():
+                if collectives.rank() == 0:
+                    writer.commit(provenance)
+        except Exception:
             if collectives.rank() == 0:
-                writer.begin()
-        with _together():
-            for shard in self.predicted_tensors(prediction):
-                writer.write(shard)
-        with _together():
-            if collectives.rank() == 0:
-                writer.commit(provenance)
+                shutil.rmtree(writer.partial, ignore_errors=True)  # nothing half-written stays
+            raise
         return folder
+
+    def reopen_base(self) -> None:
+        """Let go of the pages of the base that have been read."""
+        self._base = BaseCheckpoint(self.base.folder)
+
+    @property
+    def base(self) -> BaseCheckpoint:
+        """The base model; `start` comes first."""
+        assert self._base is not None
+        return self._base
 
     @property
     def trajectory(self) -> Trajectory:
@@ -296,41 +287,18 @@ class Observer:
 
     # Checks
 
-    def _check_names(self, found: Sequence[tuple[str, tuple[int, ...], Placement]]) -> None:
-        unknown = sorted({name for name, _, _ in found} - set(self.base.entries))
-        if unknown:
-            raise ValueError(
-                f"{len(unknown)} tensors of the engine are not in the base checkpoint {self.base.folder}, e.g. "
-                f"{unknown[:3]}: RELEX writes checkpoints laid out like the base and would not know where they belong"
-            )
-        for name, shape, _ in found:
-            if shape != self.base.entries[name].shape:
-                there = self.base.entries[name].shape
-                raise ValueError(f"{name} has shape {shape} in the engine, {there} in the base checkpoint")
-
-    def _check_same_run(self, existing: Trajectory) -> None:
-        index = existing.index
-        ranks, encoding = collectives.world_size(), self.encoding_name
-        expected = {"base model": self.base_model, "ranks": ranks, "encoding": encoding, **self.run}
-        found = {"base model": index.base_model, "ranks": index.world_size, "encoding": index.encoding, **index.run}
-        differing = {key: (found.get(key), value) for key, value in expected.items() if found.get(key) != value}
-        if differing:
-            said = "; ".join(f"{key} {there!r} there, {here!r} here" for key, (there, here) in differing.items())
-            raise TrajectoryError(
-                f"relex.output_dir={self.folder.parent} holds the trajectory of another run ({said}). "
-                "Give this run its own relex.output_dir, or remove that folder"
-            )
+    def _check_aliases(self) -> None:
+        for alias, name in self.aliases.items():
+            if name not in self.shapes:
+                raise ValueError(f"{alias} is tied to {name}, which the engine does not hand out")
 
 
-class _together:
-    """A phase that ends on all ranks together: one rank's error is raised on each."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
-        collectives.all_or_nothing(error if isinstance(error, Exception) else None)
-
-
-def _bits(weights: torch.Tensor) -> torch.Tensor:
-    return weights.contiguous().view(torch.uint8)
+@contextmanager
+def _exhausted(source: ShardSource) -> Iterator[Iterator[TensorShard]]:
+    """Iterate to the end, whatever happens: other ranks wait for this one in the engine's own collectives."""
+    shards = iter(source)
+    try:
+        yield shards
+    finally:
+        for _ in shards:
+            pass

@@ -201,6 +201,21 @@ class Trajectory:
         except Exception as error:
             raise TrajectoryError(f"{path} cannot be read: {error}") from error
 
+    def readable_until(self, rank: int, step: int) -> int:
+        """The last step up to `step` before which no file of a rank that the index names is damaged."""
+        last = 0
+        for named in self.window.stored if self.is_sketch else self.steps:
+            if named > step:
+                break
+            try:
+                self.load(rank, named)
+            except TrajectoryError:
+                if self.is_sketch:
+                    continue  # an older or newer sketch is as whole
+                return last
+            last = named
+        return last if self.is_sketch else step
+
     def kept_after(self, step: int) -> list[int]:
         """The steps that a run resumed after `step` goes on with: for a sketch, those of its last file up to there."""
         last = step if not self.is_sketch else max((one for one in self.window.stored if one <= step), default=0)

@@ -6,8 +6,7 @@ from typing import Any
 
 __all__ = ["SCHEMA_VERSION", "TrajectoryError", "TrajectoryIndex", "Window", "step_ranges"]
 
-# 2: an fp32 increment has groups of 32 with bfloat16 scales; sketches.
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 1
 
 
 class TrajectoryError(RuntimeError):

@@ -24,7 +24,7 @@ FLOORS = [
         "hf_checkpoint",
     },
     {"collectives", "tracking", "plots", "report"},
-    {"observer", "prediction", "ingest", "analysis", "sharing", "cli", "baselines"},
+    {"observer", "assembly", "opening", "prediction", "ingest", "analysis", "sharing", "cli", "baselines"},
     {"verl_plugin"},
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}

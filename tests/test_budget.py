@@ -5,7 +5,15 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from relex_verl.budget import Budget, BudgetError, available_memory, budget, check_disk, check_memory
+from relex_verl.budget import (
+    Budget,
+    BudgetError,
+    available_memory,
+    budget,
+    change_between_rows,
+    check_disk,
+    check_memory,
+)
 from relex_verl.encodings import ENCODINGS
 
 GIB = 2**30
@@ -13,9 +21,23 @@ BILLION = 10**9
 
 
 def test_the_estimate_is_state_and_rows_of_a_rank_and_two_bytes_a_predicted_weight():
-    encoding = SimpleNamespace(state_bytes=8, row_bytes=lambda change_rate: 100 * change_rate)
+    encoding = SimpleNamespace(state_bytes=8, fixed_bytes=0, row_bytes=lambda change_rate: 100 * change_rate)
     cost = budget(encoding, rank_elements=1000, all_elements=4000, rows=10, predictions=3, change_rate=0.5)
     assert cost == Budget(memory=1000 * (8 + 10 * 50), trajectory=4000 * 10 * 50, predictions=3 * 4000 * 2)
+    with_gram = budget(encoding, 1000, 4000, 10, 3, 0.5, tensors=7)
+    assert with_gram.memory - cost.memory == 2 * 7 * 10**2 * 8
+
+
+def test_a_sketch_costs_the_same_however_many_rows():
+    few, many = (budget(ENCODINGS["sketch-4"], BILLION, 4 * BILLION, rows, 0) for rows in (16, 1000))
+    assert few == many
+    assert few.memory == 20 * BILLION
+    assert few.trajectory == 3 * 16 * 4 * BILLION
+
+
+def test_more_weights_change_between_rows_that_lie_apart():
+    assert change_between_rows(0.01, 5) == pytest.approx(0.05)
+    assert change_between_rows(0.3, 5) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -74,6 +96,12 @@ def test_memory_that_does_not_fit_is_refused_with_both_figures():
     check_memory(GIB, GIB, ranks=2)
     with pytest.raises(BudgetError, match=r"about 3\.0 GiB .*\(2 ranks\), 1\.5 GiB are available: lower relex\.t_cut"):
         check_memory(3 * GIB, 3 * GIB // 2, ranks=2)
+
+
+def test_memory_that_the_optimizer_will_take_is_not_there():
+    check_memory(GIB, 3 * GIB, ranks=2, reserved=2 * GIB)
+    with pytest.raises(BudgetError, match=r"3\.0 GiB are available, of which the optimizer will take 2\.5 GiB: lower"):
+        check_memory(GIB, 3 * GIB, ranks=2, reserved=5 * GIB // 2)
 
 
 def test_disk_that_does_not_fit_is_refused_with_the_figures(monkeypatch, tmp_path):

@@ -198,3 +198,31 @@ def test_the_folder_is_absolute(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert RelexConfig(output_dir="~/runs/relex").folder == tmp_path / "runs/relex"
     assert RelexConfig(output_dir="runs").folder == tmp_path / "runs"
+
+
+def test_a_sketch_takes_each_step_from_the_burn_in_on_and_fits_polynomials_only():
+    config = RelexConfig.from_mapping(
+        {"trajectory": "sketch", "t_cut": 60, "fit_from": 11, "methods": ["relex", "poly"]}
+    )
+    plan = config.plan(400)
+    assert (plan.observe_every, plan.first, plan.rows) == (1, 11, 50)
+    assert [step for step in range(1, 62) if plan.observes(step)] == list(range(11, 61))
+    later = config.next_plan(plan, 60, 400, "sketch")
+    assert (later.t_cut, later.first, later.observe_every) == (120, 11, 1)
+    assert RelexConfig.from_mapping({"t_cut": 60, "fit_from": 11}).plan(400).first == 1
+
+
+@pytest.mark.parametrize(
+    ("node", "key", "cure"),
+    [
+        ({"methods": ["two-point"]}, "relex.methods", "use relex, raw-ols, poly"),
+        ({"methods": ["poly"], "sketch_size": 3}, "relex.methods", "use relex, raw-ols"),
+        ({"rank": 5}, "relex.rank", "holds no more directions"),
+        ({"sketch_size": 7}, "relex.sketch_size", "from 2 to 6"),
+        ({"sketch_size": 1}, "relex.sketch_size", "from 2 to 6"),
+    ],
+)
+def test_what_a_sketch_cannot_give_is_refused(node, key, cure):
+    with pytest.raises(ConfigError, match=cure) as caught:
+        RelexConfig.from_mapping({"trajectory": "sketch", **node})
+    assert caught.value.key == key

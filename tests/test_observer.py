@@ -1,6 +1,8 @@
 """The pipeline below verl, on one process and on two gloo ranks, against dense float64 computations."""
 
 import json
+from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -8,15 +10,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from fakes import DriftingModel, RankSource, tiny_base
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from relex_verl import replay
+from relex_verl.assembly import whole_tensors
 from relex_verl.collectives import PeerError
+from relex_verl.diagnostics import describe
 from relex_verl.encodings import ENCODINGS
 from relex_verl.hf_checkpoint import BaseCheckpoint
 from relex_verl.observer import Observer
 from relex_verl.prediction import Prediction, extrapolate, write_checkpoint
+from relex_verl.shards import TensorShard
 from relex_verl.trajectory import Trajectory, TrajectoryError
 
 RUN = {"project": "p", "experiment": "e"}
@@ -37,6 +42,7 @@ def train(out: Path, base: Path, encoding: str, rank: int = 0, world: int = 1, s
     observer.open(0)
     for step in steps:
         observer.observe(step, RankSource(model.at(step), rank, world))
+    observer.save()
     observer.write_prediction(PREDICTION, out / PREDICTION.folder_name, {"method": "relex"})
     return observer
 
@@ -67,7 +73,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def two_ranks(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run on two ranks for each kind of trajectory."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in ("bf16", "fp32-int8")}
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("bf16", "fp32-int8", "sketch-4")}
     for name, folder in folders.items():
         on_two_ranks("train_rank", folder, base, name)
     return folders
@@ -113,7 +119,7 @@ def test_bf16_prediction_is_the_dense_one(base: Path, two_ranks: dict[str, Path]
         )
 
 
-@pytest.mark.parametrize("encoding", ["bf16", "fp32-int8"])
+@pytest.mark.parametrize("encoding", ["bf16", "fp32-int8", "sketch-4"])
 def test_ranks_do_not_matter(base: Path, two_ranks: dict[str, Path], encoding: str, tmp_path: Path) -> None:
     train(tmp_path, base, encoding)
     differing = total = 0
@@ -122,11 +128,12 @@ def test_ranks_do_not_matter(base: Path, two_ranks: dict[str, Path], encoding: s
         differing += sum(int((one[name] != two[name]).sum()) for name in one)
         total += sum(tensor.numel() for tensor in one.values())
     # Groups of 64 start at the same elements however rows or (multiples of 64) columns are cut: equal, not nearly equal.
+    # The moments' Gram matrix is added up in another order: nearly equal.
     assert total > 100_000
-    assert differing == 0
+    assert differing <= (1e-4 * total if encoding == "sketch-4" else 0)
 
 
-@pytest.mark.parametrize("encoding", ["bf16", "fp32-int8"])
+@pytest.mark.parametrize("encoding", ["bf16", "fp32-int8", "sketch-4"])
 def test_offline_gives_the_same_bits(two_ranks: dict[str, Path], encoding: str, tmp_path: Path) -> None:
     run = two_ranks[encoding]
     trajectory = Trajectory(run / "trajectory")
@@ -195,6 +202,173 @@ def test_origin_that_is_not_the_base_is_stored(base: Path, tmp_path: Path) -> No
     for step, expected in ((0, start), (1, moved)):
         for shard in replay.states(trajectory, step):
             assert torch.equal(shard.data, expected[shard.name].to(torch.bfloat16).flatten())
+
+
+def test_groups_that_start_elsewhere_change_next_to_nothing(base: Path, tmp_path: Path) -> None:
+    """A small tensor over two ranks: the second one's groups of 64 are not those of the whole tensor."""
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        "a.weight": torch.randn(96, 5, generator=generator),
+        "b.weight": torch.randn(256, 256, generator=generator),
+    }
+    odd = tmp_path / "odd"
+    odd.mkdir()
+    save_file(weights, odd / "model.safetensors", {"format": "pt"})
+    on_two_ranks("train_rank", tmp_path / "two", odd, "fp32-int8")
+    train(tmp_path / "one", odd, "fp32-int8")
+    one, two = (load_file(tmp_path / run / PREDICTION.folder_name / "model.safetensors") for run in ("one", "two"))
+    equal = sum(int((one[name] == two[name]).sum()) for name in one)
+    assert equal >= 0.9999 * sum(one.numel() for one in weights.values())
+
+
+def test_a_sketch_predicts_what_all_rows_predict(base: Path, tmp_path: Path) -> None:
+    """And says what it cannot give."""
+    exact, sketch = (train(tmp_path / name, base, name) for name in ("fp32-none", "sketch-4"))
+    model = DriftingModel(weights_of(base))
+    wrong = total = 0.0
+    for one, other in zip(exact.predicted_tensors(PREDICTION), sketch.predicted_tensors(PREDICTION), strict=True):
+        origin = model.base[one.name].flatten()
+        wrong += float((one.data.float() - other.data.float()).square().sum())
+        total += float((one.data.float() - origin).square().sum())
+    assert wrong**0.5 <= 0.01 * total**0.5
+    energy, gram = sketch.energy(), exact.gram()
+    torch.testing.assert_close(energy, gram.diagonal(dim1=1, dim2=2).sum(1), rtol=1e-6, atol=1e-12)
+    given, true = (describe(one.gram(), STEPS, 1, one.energy()) for one in (sketch, exact))
+    share, exact_share = given["explained_variance"], true["explained_variance"]
+    moved = exact_share.isfinite()
+    assert torch.equal(share.isfinite(), moved)
+    assert bool((share[moved] <= exact_share[moved] + 1e-6).all())
+    assert given["line_r2"].isnan().all()
+    trajectory = Trajectory(tmp_path / "sketch-4" / "trajectory")
+    with pytest.raises(TrajectoryError, match="is a sketch"):
+        next(replay.states(trajectory, 5))
+    with pytest.raises(TrajectoryError, match="can be cut only where it was stored: at 10"):
+        trajectory.steps_until(5)
+    with pytest.raises(
+        ValueError, match="two-point cannot be predicted from a sketch of size 4: use relex, raw-ols, poly"
+    ):
+        next(extrapolate(trajectory, 10, Prediction("two-point", 40)))
+    assert sum(shard.placement.numel for shard in replay.states(trajectory, 0)) == trajectory.elements
+
+
+def test_a_sketch_keeps_its_size(base: Path, tmp_path: Path) -> None:
+    """In memory and on disk, however many steps; two files, so that a run killed while saving can go back one."""
+    model, observer = DriftingModel(weights_of(base)), Observer(tmp_path, str(base), {}, RUN, "sketch-4")
+    observer.start(RankSource(model.at(0)))
+    observer.open(0)
+    sizes = []
+    for step in range(1, 13):
+        observer.observe(step, RankSource(model.at(step)))
+        if step % 3 == 0:
+            observer.save()
+            sizes.append(sum(path.stat().st_size for path in tmp_path.rglob("step_*")))
+    elements = sum(prod(shape) for shape in observer.shapes.values())
+    assert sorted(path.name for path in tmp_path.rglob("step_*")) == [
+        "step_000009.safetensors",
+        "step_000012.safetensors",
+    ]
+    assert sizes[-1] == pytest.approx(sizes[1], rel=0.01)
+    assert sizes[-1] / 2 == pytest.approx(16 * elements, rel=0.02)
+
+
+def test_a_sketch_resumes_from_its_last_file(base: Path, tmp_path: Path) -> None:
+    """The steps after the file are lost with the process: a gap in the window, which a least-squares fit can have."""
+    model, folder = DriftingModel(weights_of(base)), tmp_path / "trajectory"
+
+    def begin(step: int) -> Observer:
+        observer = Observer(folder, str(base), {}, RUN, "sketch-4")
+        observer.start(RankSource(model.at(0)))
+        observer.open(step)
+        return observer
+
+    killed = begin(0)
+    for step in (1, 2, 3, 5):
+        killed.observe(step, RankSource(model.at(step)))
+        if step in (2, 3):
+            killed.save()
+    resumed = begin(3)
+    assert resumed.steps == [1, 2, 3]
+    for step in (5, 6, 9, 10):
+        resumed.observe(step, RankSource(model.at(step)))
+    straight = train(tmp_path / "straight", base, "sketch-4")
+    torch.testing.assert_close(resumed.gram(), straight.gram(), rtol=1e-6, atol=1e-12)
+    assert begin(2).steps == [1, 2]  # and back to the file before
+    assert begin(1).steps == []
+
+
+def test_a_failed_step_of_a_sketch_ends_it(base: Path, tmp_path: Path) -> None:
+    """The moments are half updated: what follows must not look as if nothing had been."""
+    model, observer = DriftingModel(weights_of(base)), Observer(tmp_path, str(base), {}, RUN, "sketch-4")
+    observer.start(RankSource(model.at(0)))
+    observer.open(0)
+    observer.observe(1, RankSource(model.at(1)))
+    observer.save()
+    last = list(weights_of(base))[-1]
+    with pytest.raises(ValueError, match="not finite"):
+        observer.observe(2, RankSource({**model.at(2), last: model.at(2)[last] * torch.nan}))
+    with pytest.raises(RuntimeError, match="half-way"):
+        observer.observe(2, RankSource(model.at(2)))
+    assert Trajectory(tmp_path).steps == [1]
+
+
+@pytest.mark.parametrize("encoding", ["bf16", "fp32-int8"])
+def test_files_that_a_crashed_node_left_empty_are_trained_again(base: Path, encoding: str, tmp_path: Path) -> None:
+    train(tmp_path, base, encoding, steps=[1, 2, 3, 5])
+    (tmp_path / "trajectory" / "rank_00000" / "step_000003.safetensors").write_bytes(b"")
+    model = DriftingModel(weights_of(base))
+    observer = Observer(tmp_path / "trajectory", str(base), {}, RUN, encoding)
+    observer.start(RankSource(model.at(0)))
+    observer.open(5)
+    assert observer.steps == [1, 2]
+
+
+def refuse_for_lack_of_memory(rank: int, world: int, base: Path, out: Path) -> None:
+    """Asked before memory is taken, with what this rank would hold."""
+    asked = []
+
+    def admit(elements: int, tensors: int) -> None:
+        asked.append((elements, tensors))
+        raise MemoryError("no")
+
+    weights = weights_of(base)
+    observer = Observer(out / "trajectory", str(base), {}, RUN)
+    with pytest.raises(MemoryError):
+        observer.start(RankSource(weights, rank, world), admit)
+    assert observer.held == {}
+    ((elements, tensors),) = asked
+    assert tensors == len(weights)
+    assert 0.4 < elements / sum(one.numel() for one in weights.values()) < 0.6
+
+
+def test_a_run_that_does_not_fit_is_refused_before_memory_is_taken(base: Path, tmp_path: Path) -> None:
+    on_two_ranks("refuse_for_lack_of_memory", base, tmp_path)
+
+
+def fail_while_weights_are_put_together(rank: int, world: int, base: Path, out: Path) -> None:
+    """Rank 1's shards fail in the middle: both ranks hear of it at the end, none waits in a collective."""
+    observer = Observer(out / "trajectory", str(base), {}, RUN)
+    source = RankSource(DriftingModel(weights_of(base)).at(1), rank, world)
+    observer.start(source)
+
+    def broken() -> Iterator[TensorShard]:
+        for i, shard in enumerate(observer.observed_now(source)):
+            if rank == 1 and i == 3:
+                raise OSError("gone")
+            yield shard
+
+    handed = []
+    with pytest.raises(OSError if rank == 1 else PeerError):
+        handed += [name for name, _ in whole_tensors(observer.shapes, {}, broken(), "cpu")]
+    whole = dict(
+        whole_tensors(observer.shapes, {"tied": next(iter(observer.shapes))}, observer.observed_now(source), "cpu")
+    )
+    for name, tensor in DriftingModel(weights_of(base)).at(1).items():
+        assert torch.equal(whole[name], tensor.to(torch.bfloat16))
+    assert whole["tied"] is whole[next(iter(observer.shapes))]
+
+
+def test_whole_tensors_on_two_ranks(base: Path, tmp_path: Path) -> None:
+    on_two_ranks("fail_while_weights_are_put_together", base, tmp_path)
 
 
 def test_another_runs_folder_is_refused(base: Path, tmp_path: Path) -> None:

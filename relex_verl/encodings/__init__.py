@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from relex_verl.encodings import moments, quantized, sparse
-from relex_verl.encodings.packed import PackedStep, StoredStep
+from relex_verl.encodings.packed import PackedStep, Packing, StoredStep
 from relex_verl.extrapolators import increment_coefficients
 from relex_verl.sketch import SIZES, lift
 
@@ -20,6 +20,7 @@ __all__ = [
     "ROW_ENCODINGS",
     "Encoding",
     "PackedStep",
+    "Packing",
     "RowEncoding",
     "SketchEncoding",
     "StoredStep",
@@ -60,6 +61,7 @@ class RowEncoding(Encoding):
         advance: (state, increment) -> None, in place.
         dots: (increments, numel, device) -> the new row of H, (t,).
         error_bound: (increment) -> how far an element of the state can be from the weights after it.
+        sizes: (elements of each shard) -> elements of each field of their increments together, where they are known.
     """
 
     anchor_is_last: bool = False
@@ -67,6 +69,7 @@ class RowEncoding(Encoding):
     advance: Callable[..., None] = lambda *_: None
     dots: Callable[..., torch.Tensor] = lambda *_: torch.empty(0)
     error_bound: Callable[..., float] = lambda *_: 0.0
+    sizes: Callable[[Sequence[int]], dict[str, int]] = lambda numels: {}
 
 
 @dataclass(frozen=True)
@@ -89,7 +92,7 @@ def _from_moments(weights_LT: torch.Tensor, steps: Sequence[int], size: int) -> 
 
 
 def _quantized(bits: int) -> RowEncoding:
-    row_bytes = bits / 8 + 2 / quantized.GROUP if bits else 4.0
+    row_bytes = bits / 8 + 4 / quantized.GROUP if bits else 4.0
     return RowEncoding(
         torch.float32,
         quantized.QuantizedIncrement,
@@ -101,6 +104,7 @@ def _quantized(bits: int) -> RowEncoding:
         advance=quantized.advance,
         dots=quantized.dots,
         error_bound=quantized.error_bound,
+        sizes=partial(quantized.sizes, bits=bits),
     )
 
 

@@ -1,6 +1,6 @@
 """One step of a rank: the increments of all its tensors end to end in a few flat arrays."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from safetensors import safe_open
 
-__all__ = ["PackedStep", "StoredStep"]
+__all__ = ["PackedStep", "Packing", "StoredStep"]
 
 Increment = TypeVar("Increment")
 # Bytes read from a step's file before it is mapped anew, so that its pages do not pile up in the memory of the process.
@@ -30,18 +30,18 @@ class PackedStep(Generic[Increment]):
         self._bounds = torch.cat([ends.new_zeros(1, len(self._fields)), ends]).tolist()
 
     @classmethod
-    def pack(cls, kind: type[Any], increments: Sequence[Increment], gram_row: torch.Tensor) -> "PackedStep[Increment]":
+    def pack(cls, kind: type[Any], increments: Iterable[Increment], gram_row: torch.Tensor) -> "PackedStep[Increment]":
         """Put the increments of a step end to end.
 
         Args:
             kind: the dataclass of the increments.
-            increments: one a tensor, at least one.
+            increments: one a tensor.
             gram_row: (L, t) float64.
         """
-        names = [field.name for field in fields(kind)]
-        arrays = {name: torch.cat([getattr(one, name) for one in increments]) for name in names}
-        sizes = [[getattr(one, name).numel() for name in names] for one in increments]
-        return cls(kind, {**arrays, "sizes": torch.tensor(sizes, dtype=torch.int64), "gram_row": gram_row})
+        packing: Packing[Increment] = Packing(kind)
+        for increment in increments:
+            packing.add(increment)
+        return packing.step(gram_row)
 
     def increment(self, tensor: int) -> Increment:
         """The increment of one tensor: views, no copy."""
@@ -53,6 +53,65 @@ class PackedStep(Generic[Increment]):
         """Bytes in memory, and on disk but for the header."""
         return sum(array.nbytes for array in self.arrays.values())
 
+    def bytes_of_tensors(self) -> torch.Tensor:
+        """Bytes of each tensor's increment, (L,) int64."""
+        items = torch.tensor([self.arrays[name].itemsize for name in self._fields])
+        return (self.arrays["sizes"] * items).sum(dim=1)
+
+
+class Packing(Generic[Increment]):
+    """Packs the increments of a step as they come, so that none lies in memory twice."""
+
+    def __init__(self, kind: type[Increment], expected: Mapping[str, int] | None = None) -> None:
+        """Start empty.
+
+        Args:
+            kind: the dataclass of the increments.
+            expected: field -> elements of all increments together, as far as they are known.
+        """
+        self.kind, self._expected = kind, dict(expected or {})
+        self._fields = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._sizes: list[list[int]] = []
+        self._used = dict.fromkeys(self._fields, 0)
+
+    def add(self, increment: Increment) -> Increment:
+        """Copy an increment behind the others; the copy, a view that holds until the next `add`."""
+        ends = dict(self._used)
+        for name in self._fields:
+            array: torch.Tensor = getattr(increment, name)
+            self._make_room(name, array)
+            ends[name] += array.numel()
+            self._buffers[name][self._used[name] : ends[name]] = array
+        copy = self.kind(*(self._buffers[name][self._used[name] : ends[name]] for name in self._fields))
+        self._sizes.append([ends[name] - self._used[name] for name in self._fields])
+        self._used = ends
+        return copy
+
+    def _make_room(self, name: str, array: torch.Tensor) -> None:
+        needed, buffer = self._used[name] + array.numel(), self._buffers.get(name)
+        if buffer is None:
+            self._buffers[name] = array.new_empty(max(needed, self._expected.get(name, 0)))
+        elif needed > buffer.numel():
+            self._buffers[name] = array.new_empty(max(needed, 2 * buffer.numel()))
+            self._buffers[name][: self._used[name]] = buffer[: self._used[name]]
+
+    def step(self, gram_row: torch.Tensor) -> PackedStep[Increment]:
+        """What was added, with this rank's part of the new row of H, (L, t) float64.
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        if not self._sizes:
+            raise ValueError("this rank holds no weights: there is nothing to pack")
+        arrays = {}
+        for name in self._fields:
+            buffer = self._buffers[name]
+            # Room that was made and not needed would be kept for the whole run.
+            arrays[name] = buffer if buffer.numel() == self._used[name] else buffer[: self._used[name]].clone()
+        sizes = torch.tensor(self._sizes, dtype=torch.int64)
+        return PackedStep(self.kind, {**arrays, "sizes": sizes, "gram_row": gram_row})
+
 
 class StoredStep(Generic[Increment]):
     """A step that stays in its file: like `PackedStep`, with only the pages of the last few increments in memory."""
@@ -61,9 +120,7 @@ class StoredStep(Generic[Increment]):
         self.kind, self.path = kind, path
         self._mapped: PackedStep[Increment] = self._map()
         self._read = 0
-        names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-        item = torch.tensor([self._mapped.arrays[name].itemsize for name in names])
-        self._bytes: list[int] = (self._mapped.arrays["sizes"] * item).sum(1).tolist()
+        self._bytes: list[int] = self._mapped.bytes_of_tensors().tolist()
         self.nbytes = self._mapped.nbytes
 
     def _map(self) -> PackedStep[Increment]:

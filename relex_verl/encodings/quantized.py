@@ -1,8 +1,8 @@
 """`fp32`: the change of the float32 master weights, block-quantised with error feedback.
 
 bf16 rounding turns a smooth drift into shot noise: most weights have not yet crossed a rounding boundary. The float32
-weights that the optimizer updates show the drift itself. An increment keeps, for each group of 32 elements, one bfloat16
-scale and 32 integers (8 or 4 bits). It is the change from the *running reconstruction*, not from the weights one row
+weights that the optimizer updates show the drift itself. An increment keeps, for each group of 64 elements, one float32
+scale and 64 integers (8 or 4 bits). It is the change from the *running reconstruction*, not from the weights one row
 earlier, so what one row rounds away is in the next row's change: the error is that of the last row alone and does not add
 up. With 0 bits ("none") an increment is the float32 change itself.
 """
@@ -12,22 +12,22 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["GROUP", "QuantizedIncrement", "accumulate", "advance", "dots", "encode", "error_bound"]
+__all__ = ["GROUP", "QuantizedIncrement", "accumulate", "advance", "dots", "encode", "error_bound", "sizes"]
 
-# A smaller group has a smaller largest change, so a finer quantum: 32 with a 2-byte scale cost what 64 with 4 bytes would.
-GROUP = 32
+# Groups of 32 with 2-byte scales take as much room and are no more exact: Adam's changes have no tails.
+GROUP = 64
 LEVELS = {8: 127, 4: 7}  # largest code
 # Elements at a time. A multiple of GROUP, small since T increments are expanded to float32 side by side.
-CHUNK = 8192 * GROUP
+CHUNK = 4096 * GROUP
 
 
 @dataclass(frozen=True)
 class QuantizedIncrement:
-    """e_t of one flat shard of n elements, m = ceil(n / 32) groups.
+    """e_t of one flat shard of n elements, m = ceil(n / 64) groups.
 
     Attributes:
-        code: 8 bits: (32 m,) int8; 4 bits: (16 m,) uint8, two codes a byte, low nibble first; none: (n,) float32.
-        scale: (m,) bfloat16, the change is scale * code; empty for none.
+        code: 8 bits: (64 m,) int8; 4 bits: (32 m,) uint8, two codes a byte, low nibble first; none: (n,) float32.
+        scale: (m,) float32, the change is scale * code; empty for none.
     """
 
     code: torch.Tensor
@@ -44,7 +44,7 @@ class QuantizedIncrement:
         return int(_unpack(self.code).count_nonzero()) if self.bits == 4 else int(self.code.count_nonzero())
 
     def codes(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
-        """Codes of the elements [start, stop) in groups, (g, 32) float32; the last group is padded with 0."""
+        """Codes of the elements [start, stop) in groups, (g, 64) float32; the last group is padded with 0."""
         if self.bits == 4:
             return _unpack(self.code[start // 2 : -(-stop // GROUP) * GROUP // 2].to(device)).float().view(-1, GROUP)
         if self.bits == 8:
@@ -59,8 +59,10 @@ class QuantizedIncrement:
         return codes.flatten()[: stop - start]
 
 
-def _chunks(numel: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + CHUNK, numel)) for start in range(0, numel, CHUNK))
+def _chunks(numel: int, side_by_side: int = 1) -> Iterator[tuple[int, int]]:
+    """Pieces of a shard; smaller when many of them are expanded side by side."""
+    size = max(1, CHUNK * 16 // max(16, side_by_side) // GROUP) * GROUP
+    return ((start, min(start + size, numel)) for start in range(0, numel, size))
 
 
 def _grouped(flat: torch.Tensor) -> torch.Tensor:
@@ -78,18 +80,10 @@ def _unpack(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack([(signed << 4) >> 4, signed >> 4], dim=1).flatten()
 
 
-def _rounded_up(scale: torch.Tensor) -> torch.Tensor:
-    """The next bfloat16 that is not smaller: rounded down, the largest change of a group would not be within reach."""
-    near = scale.to(torch.bfloat16)
-    above = (near.view(torch.int16) + 1).view(torch.bfloat16)  # the next one, for numbers that are not negative
-    return torch.where(near.float() < scale, above, near)
-
-
 def encode(state: torch.Tensor, new: torch.Tensor, bits: int = 8) -> QuantizedIncrement:
     """The increment that leads from the reconstruction `state` to (nearly) `new`; computed on the device of `new`.
 
-    The error of an element is at most half a quantum: max|change in its group| / (2 * 127) for 8 bits, and up to 1 % more,
-    since the scale is rounded up to bfloat16.
+    The error of an element is at most half a quantum, max|change in its group| / (2 * 127) for 8 bits.
 
     Args:
         state: (n,) float32, the reconstruction at the row before; on any device.
@@ -104,7 +98,7 @@ def encode(state: torch.Tensor, new: torch.Tensor, bits: int = 8) -> QuantizedIn
             f"need two flat shards, the old one float32; got {state.dtype} {[*state.shape]}, {[*new.shape]}"
         )
     codes = [torch.empty(0, dtype={8: torch.int8, 4: torch.uint8, 0: torch.float32}[bits])]
-    scales = [torch.empty(0, dtype=torch.bfloat16)]
+    scales = [torch.empty(0)]
     for start, stop in _chunks(len(new)):
         change = new[start:stop].float() - state[start:stop].to(new.device)
         if not change.isfinite().all():
@@ -113,13 +107,19 @@ def encode(state: torch.Tensor, new: torch.Tensor, bits: int = 8) -> QuantizedIn
             codes.append(change.cpu())
             continue
         groups = _grouped(change)
-        scale = _rounded_up(groups.abs().amax(dim=1) / LEVELS[bits])
-        quantum = scale.float().unsqueeze(1)
-        code = torch.where(quantum > 0, groups / quantum, 0.0).round().flatten()
+        scale = groups.abs().amax(dim=1) / LEVELS[bits]
+        code = torch.where(scale.unsqueeze(1) > 0, groups / scale.unsqueeze(1), 0.0).round().flatten()
         code = code.clamp_(-LEVELS[bits], LEVELS[bits])  # a subnormal scale has few digits
         codes.append((_pack(code) if bits == 4 else code.to(torch.int8)).cpu())
         scales.append(scale.cpu())
     return QuantizedIncrement(torch.cat(codes), torch.cat(scales))
+
+
+def sizes(numels: Sequence[int], bits: int = 8) -> dict[str, int]:
+    """Elements of each field of the increments of shards with so many weights, all together."""
+    groups = sum(-(-numel // GROUP) for numel in numels)
+    code = {8: GROUP * groups, 4: GROUP // 2 * groups, 0: sum(numels)}[bits]
+    return {"code": code, "scale": groups if bits else 0}
 
 
 def advance(state: torch.Tensor, increment: QuantizedIncrement) -> None:
@@ -136,7 +136,7 @@ def advance(state: torch.Tensor, increment: QuantizedIncrement) -> None:
 def dots(increments: Sequence[QuantizedIncrement], numel: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """The new row of H: inner products of the last increment with every one, itself included.
 
-    Within a group the products of codes are summed in float32, which is exact (32 * 127^2 < 2^24); the rest is float64.
+    Within a group the products of codes are summed in float32, which is exact (64 * 127^2 < 2^24); the rest is float64.
 
     Args:
         increments: e_1 .. e_t of one shard.
@@ -149,7 +149,7 @@ def dots(increments: Sequence[QuantizedIncrement], numel: int, device: torch.dev
     device = torch.device(device)
     exact = torch.float32 if increments[-1].bits else torch.float64
     row_T = torch.zeros(len(increments), dtype=torch.float64, device=device)
-    for start, stop in _chunks(numel):
+    for start, stop in _chunks(numel, len(increments)):
         history = torch.stack([one.codes(start, stop, device) for one in increments]).to(exact)
         products_Tg = torch.einsum("tgk,gk->tg", history, history[-1]).double()
         if increments[-1].bits:

@@ -108,7 +108,7 @@ def _observe(observer: Observer, one: Found, layout: Layout, options: Options) -
 
 def _keep_on_disk(observer: Observer) -> None:
     """Let go of what a one-process pass need not hold: the pages of the base, and the increments of earlier steps."""
-    observer.base = BaseCheckpoint(observer.base.folder)
+    observer.reopen_base()
     rows = observer.collector
     assert isinstance(rows, RowCollector)
     rows.packed = [observer.trajectory.stored(0, step) for step in observer.steps]  # type: ignore[misc]

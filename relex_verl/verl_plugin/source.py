@@ -7,6 +7,7 @@ coordinates, so the shard's own positions are sent through it once, written as d
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -41,8 +42,7 @@ class EngineSource:
             if name not in self._parts:
                 self._parts[name] = self._locate(name, local, spec)
             for part in self._parts[name]:
-                data = local if part.positions is None else local[part.positions.to(local.device)]
-                yield TensorShard(part.name, part.shape, part.placement, data)
+                yield TensorShard(part.name, part.shape, part.placement, part.cut_out(local))
 
     def _exported(self) -> Iterator[tuple[str, torch.Tensor, Any]]:
         if not self.master:
@@ -97,15 +97,32 @@ class EngineSource:
             slots, full_index.cpu().long().split(counts.tolist()), found.split(counts.tolist()), strict=True
         ):
             if index.numel():
-                parts.append(_Part(slot, tuple(shape), placement_of_positions(index), position))
+                # As runs: an index for each element would take more memory than the weights.
+                parts.append(_Part(slot, tuple(shape), placement_of_positions(index), placement_of_positions(position)))
         return parts
 
 
+@dataclass(frozen=True)
 class _Part:
-    """Which positions of an engine's shard (None: all, in order) are which elements of a Hugging Face tensor."""
+    """Which elements of a Hugging Face tensor a part of an engine's shard is.
 
-    def __init__(self, name: str, shape: tuple[int, ...], placement: Placement, positions: torch.Tensor | None) -> None:
-        self.name, self.shape, self.placement, self.positions = name, shape, placement, positions
+    Attributes:
+        name, shape: of the Hugging Face tensor.
+        placement: which of its elements.
+        source: where they lie in the shard, in the same order; None: all of it, from front to back.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    placement: Placement
+    source: Placement | None
+
+    def cut_out(self, local: torch.Tensor) -> torch.Tensor:
+        """These elements of the shard: a view where they lie together."""
+        if self.source is None:
+            return local
+        pieces = [local[start : start + length] for _, start, length in self.source.runs()]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
 def has_float32_master(engine: Any) -> str | None:

@@ -9,7 +9,8 @@ import logging
 import socket
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from verl.utils.device import get_device_id
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from relex_verl import budget, collectives, report, tracking
+from relex_verl.assembly import whole_tensors
 from relex_verl.diagnostics import describe, split_half_agreement
 from relex_verl.encodings import encoding_name
 from relex_verl.observer import Observer
@@ -43,6 +45,8 @@ class Setup:
         rows: observed steps up to the cut, for each kind of trajectory.
         predictions: checkpoints to be written.
         rank, fit_from: of the fit, for the figures that are logged.
+        sketch_size: as in the configuration.
+        observe_every: steps between two rows, for each kind of trajectory.
     """
 
     output_dir: Path
@@ -54,6 +58,8 @@ class Setup:
     predictions: int
     rank: int
     fit_from: int
+    sketch_size: int = 4
+    observe_every: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -86,24 +92,25 @@ class _RelexWorkerMixin:
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     @_answers
-    def relex_start(self, setup: Setup) -> tuple[str, str | None]:
-        """Take theta_0 (call it between `init_model` and `load_checkpoint`) and check memory and disk.
+    def relex_start(self, setup: Setup) -> tuple[str, str | None, str]:
+        """Check memory and disk and take theta_0 (call it between `init_model` and `load_checkpoint`).
 
         Returns:
-            The kind of trajectory that this engine allows, and why it is not the configured one (None when it is).
+            The kind of trajectory that this engine allows; why it is not what was configured (None when it is); what
+            following the run will cost, in words.
         """
         engine = self.actor.engine
-        reason = has_float32_master(engine) if setup.trajectory == "fp32" else None
-        trajectory = setup.trajectory if reason is None else "bf16"
-        encoding = encoding_name(trajectory, setup.quantization)
-        self._relex_setup = setup
-        self._relex_source = EngineSource(engine, master=trajectory == "fp32")
-        aliases = self._relex_source.aliases
-        folder = setup.output_dir / "trajectory"
-        self._relex = Observer(folder, setup.base_model, aliases, setup.run, encoding)
-        self._relex.start(self._relex_source)
-        self._check_budget(setup, setup.rows[trajectory])
-        return trajectory, reason
+        with collectives.together():
+            reason = has_float32_master(engine) if setup.trajectory != "bf16" else None
+            # A sketch follows whatever weights there are.
+            self._relex_kind = "bf16" if reason is not None and setup.trajectory == "fp32" else setup.trajectory
+            self._relex_setup, self._relex_cost = setup, ""
+            self._relex_source = EngineSource(engine, master=self._relex_kind != "bf16" and reason is None)
+            encoding = encoding_name(self._relex_kind, setup.quantization, setup.sketch_size)
+            folder, aliases = setup.output_dir / "trajectory", self._relex_source.aliases
+            self._relex = Observer(folder, setup.base_model, aliases, setup.run, encoding)
+        self._relex.start(self._relex_source, admit=self._admit)
+        return self._relex_kind, reason, self._relex_cost
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     @_answers
@@ -119,30 +126,51 @@ class _RelexWorkerMixin:
         seen = self._relex.observe(step, self._relex_source)
         if collectives.rank():
             return {}
-        figures = describe(*self._fitted_rows(), self._relex_setup.rank)
-        live = tracking.half_backtest(*self._fitted_rows(), "relex", self._relex_setup.rank)
+        (gram_LTT, steps), rank, energy_L = self._fitted_rows(), self._relex_setup.rank, self._relex.energy()
+        figures = describe(gram_LTT, steps, rank, energy_L)
+        figures |= {"changed_share": seen.changed_share_L, "stored_bytes": seen.stored_bytes_L}
+        live = tracking.half_backtest(gram_LTT, steps, "relex", rank) if energy_L is None else nan
         return tracking.step_metrics(figures, seen.changed_share, seen.stored_bytes, live)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @_answers
+    def relex_save(self) -> None:
+        """Put on disk what only memory holds, since verl is about to save a checkpoint of this step."""
+        self._relex.save()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     @_answers
     def relex_fit(self, methods: list[str], targets: list[int]) -> dict[str, Any]:
         """Rank 0 answers with the fits of all tensors, backtests, figures and the observed steps."""
+        self._relex.save()
         if collectives.rank():
             return {}
-        observer, rank = self._relex, self._relex_setup.rank
+        observer, rank, energy_L = self._relex, self._relex_setup.rank, self._relex.energy()
         names, shapes = list(observer.shapes), list(observer.shapes.values())
         gram_LTT, steps = self._fitted_rows()
-        figures = describe(gram_LTT, steps, rank)
-        return {
-            "fits": tracking.fit_report(names, shapes, gram_LTT, steps, rank),
+        found = {
+            "fits": tracking.fit_report(names, shapes, gram_LTT, steps, rank, energy_L),
             "steps": list(observer.steps),
-            "backtests": {method: tracking.half_backtest(gram_LTT, steps, method, rank) for method in methods},
-            "drift": figures["drift"].nanmean().item(),
-            "agreement": split_half_agreement(gram_LTT).nanmean().item(),
-            "figures": report.window_figures(
-                self._relex_setup.output_dir / "figures", names, gram_LTT, steps, targets, methods
-            ),
+            "backtests": dict.fromkeys(methods, nan),
+            "drift": nan,
+            "agreement": nan,
         }
+        if energy_L is None:  # the smoothed rows of a sketch agree with one another whatever the real ones do
+            found["backtests"] = {one: tracking.half_backtest(gram_LTT, steps, one, rank) for one in methods}
+            found["drift"] = describe(gram_LTT, steps, rank)["drift"].nanmean().item()
+            found["agreement"] = split_half_agreement(gram_LTT).nanmean().item()
+        return {**found, "figures": self._figures(names, gram_LTT, steps, methods, targets)}
+
+    def _figures(
+        self, names: list[str], gram_LTT: torch.Tensor, steps: list[int], methods: list[str], targets: list[int]
+    ) -> dict[str, Path]:
+        """Pictures of the window; a plotting library that fails costs nothing but them."""
+        folder, smoothed = self._relex_setup.output_dir / "figures", self._relex.energy() is not None
+        try:
+            return report.window_figures(folder, names, gram_LTT, steps, targets, methods, smoothed)
+        except Exception:
+            logger.warning("RELEX: the figures of the window could not be drawn", exc_info=True)
+            return {}
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     @_answers
@@ -167,7 +195,7 @@ class _RelexWorkerMixin:
                 shards = observer.predicted_tensors(weights)
             else:
                 shards = observer.observed_now(self._relex_source)
-            return observer.whole_tensors(shards, get_device_id()), None
+            return whole_tensors(observer.shapes, observer.aliases, shards, get_device_id()), None
 
         engine.get_per_tensor_param = export
 
@@ -175,7 +203,8 @@ class _RelexWorkerMixin:
     @_answers
     def relex_room(self, rows: int) -> None:
         """Check that so many more rows fit into host memory."""
-        self._check_budget(self._relex_setup, rows)
+        elements = sum(held.placement.numel for held in self._relex.held.values())
+        self._check_budget(elements, len(self._relex.shapes), rows, already=True)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     @_answers
@@ -195,24 +224,40 @@ class _RelexWorkerMixin:
         skipped = min(sum(step < self._relex_setup.fit_from for step in steps), len(steps) - 1)
         return self._relex.gram()[:, skipped:, skipped:], steps[skipped:]
 
-    def _check_budget(self, setup: Setup, rows: int) -> None:
-        mine = sum(held.placement.numel for held in self._relex.held.values())
-        everyone = collectives.gather((socket.gethostname(), mine, budget.available_memory()))
-        total = sum(elements for _, elements, _ in everyone)
-        host = socket.gethostname()
-        here = [elements for node, elements, _ in everyone if node == host]
-        encoding = self._relex.encoding
-        need = budget.budget(encoding, sum(here), total, rows, setup.predictions)
-        # theta_0 is already held: what is still to come is the rest.
-        available = min(free for node, _, free in everyone if node == host)
-        error: Exception | None = None
-        try:
-            budget.check_memory(need.memory - sum(here) * encoding.state_bytes, available, len(here))
+    def _admit(self, elements: int, tensors: int) -> None:
+        """Before memory is taken: does it all fit? Keeps the estimate, in words."""
+        rows = self._relex_setup.rows[self._relex_kind]
+        self._relex_cost = self._check_budget(elements, tensors, rows, already=False)
+
+    def _check_budget(self, elements: int, tensors: int, rows: int, already: bool) -> str:
+        """Raise BudgetError on all ranks where a node lacks memory for so many rows, or the folder disk.
+
+        Args:
+            elements: that this rank holds.
+            tensors: of the model.
+            rows: still to come.
+            already: state and moments are in memory by now.
+        """
+        host, setup, encoding = socket.gethostname(), self._relex_setup, self._relex.encoding
+        # Adam's two moments, float32, come with the first step where they are kept on the host.
+        optimizer = 8 * elements if self.actor.engine.is_optimizer_offload_enabled and not already else 0
+        everyone = collectives.gather((host, elements, budget.available_memory(), optimizer))
+        total, here = sum(one[1] for one in everyone), [one for one in everyone if one[0] == host]
+        rate = budget.change_between_rows(budget.ASSUMED_CHANGE_RATE, setup.observe_every.get(self._relex_kind, 1))
+        mine = sum(one[1] for one in here)
+        need = budget.budget(encoding, mine, total, rows, setup.predictions, rate, tensors * len(here))
+        held = mine * (encoding.state_bytes + encoding.fixed_bytes) if already else 0
+        available, later = min(one[2] for one in here), sum(one[3] for one in here)
+        with collectives.together():
+            budget.check_memory(need.memory - held, available, len(here), later)
             if collectives.rank() == 0:
                 budget.check_disk(need, setup.output_dir)
-        except budget.BudgetError as refused:
-            error = refused
-        collectives.all_or_nothing(error)
+        return (
+            f"{total:.3g} parameters on {len(everyone)} ranks, {rows} rows of {self._relex.encoding_name}: about "
+            f"{budget.gib(need.memory)} of host memory on this node ({budget.gib(available)} available), "
+            f"{budget.gib(need.trajectory)} of trajectory and {budget.gib(need.predictions)} of predictions in "
+            f"{setup.output_dir}"
+        )
 
 
 class RelexActorWorker(_RelexWorkerMixin, ActorRolloutRefWorker):

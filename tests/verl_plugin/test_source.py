@@ -1,0 +1,200 @@
+"""verl's own shard converters of Megatron and VeOmni, without a GPU, and what becomes of their shards.
+
+The converters are verl's (`mcore_hf_delta_entry`, `hf_entry_converter`); stand-ins are the engine around them and the bridge
+that Megatron would bring: one rank's view of fused, row-parallel and padded weights, written from their definitions.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import verl
+from verl.workers.engine.spec import BlockPlacement, ShardSpec
+
+from relex_verl.shards import check_cover, share_out
+from relex_verl.verl_plugin.source import EngineSource, has_float32_master, tied_names
+
+ENGINES = Path(verl.__file__).parent / "workers" / "engine"
+RANKS, HIDDEN, FFN, VOCABULARY = 2, 6, 10, 13
+
+
+def load(backend: str, file: str) -> ModuleType:
+    """A module of an engine whose package cannot be imported here (it wants Megatron, or VeOmni)."""
+    name = f"{backend}_{file}_alone"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ENGINES / backend / f"{file}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+def hugging_face() -> dict[str, torch.Tensor]:
+    """The model as its checkpoint has it."""
+    shapes = {
+        "model.embed_tokens.weight": (VOCABULARY, HIDDEN),
+        "model.layers.0.mlp.gate_proj.weight": (FFN, HIDDEN),
+        "model.layers.0.mlp.up_proj.weight": (FFN, HIDDEN),
+        "model.layers.0.mlp.down_proj.weight": (HIDDEN, FFN),
+        "model.norm.weight": (HIDDEN,),
+    }
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator).to(torch.bfloat16) for name, shape in shapes.items()}
+
+
+def nan(*shape: int) -> torch.Tensor:
+    return torch.full(shape, torch.nan, dtype=torch.bfloat16)
+
+
+class Engine:
+    """One rank of an engine: its exporter, and the converter that it was given."""
+
+    model_config = SimpleNamespace(hf_config=SimpleNamespace(tie_word_embeddings=False))
+    module = torch.nn.Linear(1, 1)
+
+    def __init__(self, exported: list[tuple[str, torch.Tensor, ShardSpec]], entry: Callable[..., Any]) -> None:
+        self.exported, self._hf_delta_entry = exported, entry
+
+    def get_per_tensor_param_shard(self) -> tuple[Iterator[tuple[str, torch.Tensor, ShardSpec]], None]:
+        return iter(self.exported), None
+
+
+def megatron(rank: int, weights: dict[str, torch.Tensor]) -> Engine:
+    """Tensor parallel: gate and up fused, down cut by columns, the vocabulary padded to a multiple of the ranks."""
+    half, columns = FFN // RANKS, FFN // RANKS
+    rows = slice(rank * half, (rank + 1) * half)
+    gate, up = weights["model.layers.0.mlp.gate_proj.weight"], weights["model.layers.0.mlp.up_proj.weight"]
+    padded = torch.cat([weights["model.embed_tokens.weight"], torch.zeros(1, HIDDEN, dtype=torch.bfloat16)])
+    local = {
+        "decoder.linear_fc1": torch.cat([gate[rows], up[rows]]),
+        "decoder.linear_fc2": weights["model.layers.0.mlp.down_proj.weight"][:, rank * columns : (rank + 1) * columns],
+        "embedding": padded.chunk(RANKS)[rank],
+        "final_norm": weights["model.norm.weight"],
+    }
+
+    def gathered(shard: torch.Tensor, dim: int) -> torch.Tensor:
+        """What an all-gather gives, the other ranks' parts unknown."""
+        return torch.cat([shard if one == rank else torch.full_like(shard, torch.nan) for one in range(RANKS)], dim)
+
+    def fc1(shard: torch.Tensor, _module: Any) -> dict[str, torch.Tensor]:
+        mine = shard.chunk(2)
+        names = ("model.layers.0.mlp.gate_proj.weight", "model.layers.0.mlp.up_proj.weight")
+        return {name: gathered(part, 0) for name, part in zip(names, mine, strict=True)}
+
+    converters = {
+        "decoder.linear_fc1": fc1,
+        "decoder.linear_fc2": lambda shard, _: {"model.layers.0.mlp.down_proj.weight": gathered(shard, 1)},
+        "embedding": lambda shard, _: {"model.embed_tokens.weight": gathered(shard, 0)[:VOCABULARY]},
+        "final_norm": lambda shard, _: {"model.norm.weight": shard},
+    }
+    export = load("megatron", "delta_export")
+    records = {
+        name: export.McoreParamExport(
+            name,
+            tensor,
+            ShardSpec(tuple(tensor.shape), place=0),
+            SimpleNamespace(megatron_to_hf=converters[name]),
+            None,
+        )
+        for name, tensor in local.items()
+    }
+    cache: dict[str, Any] = {}
+    return Engine(
+        [(name, tensor.contiguous().view(-1), records[name].spec) for name, tensor in local.items()],
+        lambda name, spec, place, index, value: export.mcore_hf_delta_entry(records[name], place, index, value, cache),
+    )
+
+
+def test_megatrons_shards_become_the_checkpoint() -> None:
+    weights = hugging_face()
+    sources = [EngineSource(megatron(rank, weights)) for rank in range(RANKS)]
+    found = [[(shard.name, shard.shape, shard.placement) for shard in source] for source in sources]
+    counted = share_out(found)
+    assert check_cover(counted) == {name: tuple(tensor.shape) for name, tensor in sorted(weights.items())}
+    whole = {name: nan(tensor.numel()) for name, tensor in weights.items()}
+    for rank, source in enumerate(sources):
+        for shard in source:
+            if shard.name in counted[rank]:
+                for local, full, length in shard.placement.runs():
+                    whole[shard.name][full : full + length] = shard.data[local : local + length]
+    for name, tensor in weights.items():
+        assert torch.equal(whole[name].view(tensor.shape), tensor), name
+
+
+def test_what_is_kept_of_a_shards_order_is_runs_not_indices() -> None:
+    source = EngineSource(megatron(1, hugging_face()))
+    assert sum(1 for _ in source) == 5
+    runs = {part.name: len(part.source.length) for parts in source._parts.values() for part in parts if part.source}
+    assert runs["model.layers.0.mlp.up_proj.weight"] == 1
+    assert max(runs.values()) <= HIDDEN
+
+
+def test_a_converter_that_computes_new_values_is_refused() -> None:
+    engine = megatron(0, hugging_face())
+    original = engine._hf_delta_entry
+
+    def blended(name: str, spec: Any, place: Any, index: torch.Tensor, value: torch.Tensor) -> Any:
+        return original(name, spec, place, index, value / 2 if index.numel() else value)
+
+    engine._hf_delta_entry = blended
+    with pytest.raises(ValueError, match="does not hand this weight out as it is stored"):
+        list(EngineSource(engine))
+
+
+def test_veomnis_fused_experts_become_the_checkpoint() -> None:
+    """Three experts' gate and up in one stack, cut between the ranks in the middle of an expert."""
+    experts, shape = 3, (4, 5)
+    generator = torch.Generator().manual_seed(1)
+    stack = torch.randn(experts, 2, *shape, generator=generator).to(torch.bfloat16)
+
+    def to_hf(start: int, segment: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+        return [
+            (f"model.layers.0.mlp.experts.{start + i}.{part}_proj.weight", row[j])
+            for i, row in enumerate(segment)
+            for j, part in enumerate(("gate", "up"))
+        ]
+
+    slots = [(name, tuple(tensor.shape)) for name, tensor in to_hf(0, stack)]
+    converter = load("veomni", "utils").hf_entry_converter
+    sources = []
+    for rank in range(RANKS):
+        block = BlockPlacement((experts, 1, *shape), (0, rank, 0, 0), tuple(stack.shape))
+        spec = ShardSpec(tuple(stack.shape), place=block, to_hf_chunk=to_hf, hf_slots=slots)
+        sources.append(EngineSource(Engine([("experts", stack[:, rank].reshape(-1), spec)], converter)))
+    found = [[(shard.name, shard.shape, shard.placement) for shard in source] for source in sources]
+    assert check_cover(share_out(found)) == dict(sorted(slots))
+    expected = dict(to_hf(0, stack))
+    for source in sources:
+        for shard in source:
+            flat = expected[shard.name].flatten()
+            for local, full, length in shard.placement.runs():
+                assert torch.equal(shard.data[local : local + length], flat[full : full + length])
+
+
+def test_only_an_engine_whose_float32_weights_can_be_read_has_a_float32_trajectory() -> None:
+    reason = has_float32_master(megatron(0, hugging_face()))
+    assert reason == "Engine hands out bfloat16 weights only"
+
+
+@pytest.mark.parametrize(
+    ("declared", "expected"),
+    [
+        (None, {"lm_head.weight": "model.embed_tokens.weight"}),
+        ({"lm_head.weight": "model.wte.weight"}, {"lm_head.weight": "model.wte.weight"}),
+    ],
+)
+def test_tied_names_are_those_that_transformers_declares(declared: Any, expected: dict[str, str]) -> None:
+    module = torch.nn.Linear(1, 1)
+    module._tied_weights_keys = declared
+    engine = SimpleNamespace(
+        module=module, model_config=SimpleNamespace(hf_config=SimpleNamespace(tie_word_embeddings=True))
+    )
+    assert tied_names(engine) == expected
+    engine.model_config.hf_config.tie_word_embeddings = False
+    assert tied_names(engine) == {}
