@@ -7,10 +7,12 @@ from pathlib import Path
 import transformers
 from rich.console import Console
 
+from study.agreement import compare_with_verl
 from study.grid import FULL, QUICK, Grid, Run
 from study.quantization import quantization_run
 from study.report import PAGE, write_report
 from study.score import planned_scores, score_run
+from study.sketches import sketch_run
 from study.task import load_model
 from study.train import planned_steps, train_run
 from study.workers import for_every_run
@@ -45,8 +47,11 @@ def main() -> None:
 def analyse(grid: Grid, base: Path, out: Path, page: Path | None) -> None:
     """Everything after training."""
     for_every_run("predict and score", score_run, grid.runs(), (grid, base, out), planned_scores(grid))
-    yardsticks = [run for run in grid.runs() if run.seed == grid.seeds[0]]
+    yardsticks = [run for run in grid.runs() if grid.is_yardstick(run)]
     for_every_run("quantisation error", quantization_run, yardsticks, (grid, out), 1)
+    for_every_run("error of the sketch", sketch_run, yardsticks, (grid, out), 1)
+    with Console().status("verl's own trainer, for comparison (minutes)"):
+        compare_with_verl(grid, base, out)
     Console().print(f"results: {write_report(grid, out, page)}")
 
 
@@ -54,6 +59,7 @@ def forget(out: Path, run: Run) -> None:
     """Delete a scored run's trajectories and weights."""
     for name in ("trajectories", "weights"):
         shutil.rmtree(out / run.name / name, ignore_errors=True)
+    (out / run.name / "states.safetensors").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from relex_verl.config import AUTO_ROWS
 from relex_verl.extrapolators import METHODS
 
-PROMPTS, SAMPLES = 64, 8  # a step, as in the quickstart
+PROMPTS, SAMPLES = 64, 8  # a step
+SKETCH = "sketch-4"  # folder and encoding of the sketch, which follows the whole run
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,10 @@ ARMS = (
     Arm("bf16", "bf16", True, tuple(METHODS)),
     Arm("fp32", "fp32-int8", False, tuple(METHODS)),
     Arm("fp32-every-step", "fp32-int8", True, ("relex", "anchored"), every_target=False),
-    Arm("fp32-int4", "fp32-int4", True, ()),
+    Arm("fp32-int4", "fp32-int4", False, ()),
+    Arm("fp32-int4-every-step", "fp32-int4", True, ()),
     Arm("fp32-none", "fp32-none", True, ()),
+    Arm("sketch", SKETCH, True, ()),
 )
 # Their predictions do not depend on the target.
 ONE_TARGET = ("hold", "expo")
@@ -86,11 +89,17 @@ class Grid:
         return sorted(step for step in wanted if step <= self.steps)
 
     def arms(self, run: Run) -> list[Arm]:
-        """The arms of a run: the quantisation error is measured with the first seed."""
-        return [arm for arm in ARMS if arm.methods or run.seed == self.seeds[0]]
+        """The arms of a run: the errors of quantisation and sketch are measured with the first seed."""
+        return [arm for arm in ARMS if arm.methods or self.is_yardstick(run)]
+
+    def is_yardstick(self, run: Run) -> bool:
+        """Whether errors are measured on this run, for which all of its states are kept."""
+        return run.seed == self.seeds[0]
 
     def rows(self, arm: Arm) -> dict[str, tuple[int, int]]:
         """Trajectory folder -> (spacing of its rows, its last step)."""
+        if arm.encoding == SKETCH:
+            return {SKETCH: (1, self.steps)}
         return {arm.trajectory(cut): (arm.spacing(cut), cut) for cut in self.cuts}
 
 

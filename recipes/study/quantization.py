@@ -6,7 +6,7 @@ import torch
 
 from relex_verl.extrapolators import METHODS
 from relex_verl.trajectory import Trajectory
-from study.grid import ARMS, Grid, Run
+from study.grid import ARMS, Arm, Grid, Run
 from study.predict import Prefix, load_prefix, predicted_deltas
 from study.score import Row, write_csv
 from study.train import Progress
@@ -16,6 +16,7 @@ COLUMNS = (
     "seed",
     "encoding",
     "spacing",
+    "cut",
     "rows",
     "method",
     "target",
@@ -31,33 +32,29 @@ def quantization_run(run: Run, grid: Grid, out: Path, progress: Progress) -> Non
     """Write `quantization.csv` of a run, unless it is there."""
     path = out / run.name / "quantization.csv"
     if not path.exists():
-        cut, folder = grid.cuts[-1], out / run.name / "trajectories"
-        exact = load_prefix(Trajectory(folder / "fp32-none"), cut)
+        folder = out / run.name / "trajectories"
+        exact = load_prefix(Trajectory(folder / "fp32-none"), grid.cuts[-1])
         rows = [
             {"learning_rate": run.learning_rate, "seed": run.seed, **row}
-            for name, spacing in _compressed(grid, cut).items()
-            for row in _errors(load_prefix(Trajectory(folder / name), cut), exact, grid, name, spacing)
+            for cut in grid.cuts
+            for arm in (one for one in ARMS if one.encoding in ("fp32-int8", "fp32-int4"))
+            for row in _errors(Trajectory(folder / arm.trajectory(cut)), arm, cut, exact, grid)
         ]
         write_csv(path, COLUMNS, rows)
     progress(1)
 
 
-def _compressed(grid: Grid, cut: int) -> dict[str, int]:
-    """Trajectory folder -> spacing of its rows."""
-    arms = [arm for arm in ARMS if arm.encoding in ("fp32-int8", "fp32-int4")]
-    return {arm.trajectory(cut): arm.spacing(cut) for arm in arms}
-
-
-def _errors(prefix: Prefix, exact: Prefix, grid: Grid, name: str, spacing: int) -> list[Row]:
+def _errors(trajectory: Trajectory, arm: Arm, cut: int, exact: Prefix, grid: Grid) -> list[Row]:
     """All methods from all rows to the end of the run; then relex from fewer rows, target and relative horizon fixed."""
+    prefix = load_prefix(trajectory, cut)
     exact, end, all_rows = exact.chosen_rows(prefix.steps), grid.steps, len(prefix.steps)
     asked = [(all_rows, method, end) for method in METHODS]
-    for rows in [round(share * all_rows) for share in SHARES]:
+    for rows in [round(share * all_rows) for share in SHARES] if cut == grid.cuts[-1] else []:
         proportional = round(prefix.steps[rows - 1] * end / prefix.steps[-1])
         asked += [(rows, "relex", target) for target in (end, proportional) if (rows, "relex", target) not in asked]
     found: list[Row] = []
     for rows, method, target in asked:
-        row: Row = {"encoding": name.partition("-cut")[0], "spacing": spacing, "rows": rows}
+        row: Row = {"encoding": arm.encoding, "spacing": arm.spacing(cut), "cut": cut, "rows": rows}
         row |= {"method": method, "target": target}
         found.append(row | prediction_error(prefix.first_rows(rows), exact.first_rows(rows), method, target))
     return found

@@ -9,7 +9,7 @@ import pandas as pd
 from study.grid import Grid
 from study.plots import FIGURES
 from study.score import write_csv
-from study.tables import TABLES, growth_table, quantization_table
+from study.tables import TABLES, agreement_table, growth_table, quantization_table, sketch_table
 from study.train import read_record
 
 PAGE = Path(__file__).parent / "RESULTS.md"
@@ -54,10 +54,15 @@ def write_report(grid: Grid, out: Path, page: Path | None) -> Path:
     collect_runs(grid, out, folder / "runs.csv")
     collect(grid, out, "predictions.csv", folder / "predictions.csv")
     collect(grid, out, "quantization.csv", folder / "quantization.csv")
+    collect(grid, out, "sketch.csv", folder / "sketch.csv")
     runs, predictions = pd.read_csv(folder / "runs.csv"), pd.read_csv(folder / "predictions.csv")
     tables = {name: table(grid, runs, predictions) for name, table in TABLES.items()}
     quantization = pd.read_csv(folder / "quantization.csv")
     tables["quantization"], tables["growth"] = quantization_table(quantization), growth_table(quantization)
+    tables["sketch"] = sketch_table(pd.read_csv(folder / "sketch.csv"))
+    if (out / "agreement.csv").exists():
+        shutil.copy(out / "agreement.csv", folder / "agreement.csv")
+        tables["agreement"] = agreement_table(pd.read_csv(folder / "agreement.csv"))
     (folder / "tables.md").write_text("\n\n".join(f"## {name}\n\n{table}" for name, table in tables.items()) + "\n")
     for name, figure in FIGURES.items():
         figure(grid, runs, predictions, folder / f"{name}.png")

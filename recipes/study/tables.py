@@ -189,20 +189,55 @@ def rows_table(grid: Grid, runs: pd.DataFrame, predictions: pd.DataFrame) -> str
 def quantization_table(quantization: pd.DataFrame) -> str:
     """Errors of predictions of the run's end from all rows: the largest over the learning rates."""
     own = quantization[quantization.target == quantization.target[quantization.rows.idxmax()]]
-    own = own[own.rows == own.groupby(["encoding", "spacing"]).rows.transform("max")]
-    header = ["encoding", "rows", "method", "error relative to the predicted weights", "to the predicted delta"]
+    own = own[own.rows == own.groupby(["encoding", "spacing", "cut"]).rows.transform("max")]
+    header = [
+        "encoding",
+        "prefix",
+        "rows",
+        "method",
+        "error relative to the predicted weights",
+        "to the predicted delta",
+    ]
     header += ["to the delta, worst tensor"]
     rows = []
-    for (encoding, spacing, count, method), group in own.groupby(["encoding", "spacing", "rows", "method"], sort=False):
+    keys = ["encoding", "cut", "spacing", "rows", "method"]
+    for (encoding, cut, spacing, count, method), group in own.groupby(keys, sort=False):
         errors = group[["error_of_weights", "error_of_delta", "worst_tensor_error_of_delta"]].max()
         every = "every step" if spacing == 1 else f"every {spacing} steps"
-        rows.append([encoding, f"{count}, {every}", method, *(f"{one:.1e}" for one in errors)])
+        rows.append([encoding, str(cut), f"{count}, {every}", method, *(f"{one:.1e}" for one in errors)])
+    return markdown(header, rows)
+
+
+def sketch_table(sketches: pd.DataFrame) -> str:
+    """Errors of the sketch's predictions: the largest over the learning rates."""
+    header = ["rows T", "method", "target", "error relative to the predicted delta", "worst tensor"]
+    rows = []
+    for (count, method, target), group in sketches.groupby(["rows", "method", "target"], sort=False):
+        errors = group[["error_of_delta", "worst_tensor_error_of_delta"]].max()
+        rows.append([str(count), method, str(target), *(f"{one:.1e}" for one in errors)])
+    return markdown(header, rows)
+
+
+def agreement_table(agreement: pd.DataFrame) -> str:
+    """verl's trainer and the loop's seeds in pairs, then each run's own accuracy."""
+    header = ["", "", "observed delta: cosine, norm ratio", "predicted delta: cosine, norm ratio", "accuracy: observed"]
+    header += ["accuracy: predicted"]
+    rows = []
+    for row in agreement.fillna("").to_dict("records"):
+        if row["second"]:
+            cells = [
+                f"{row[f'{what}_cosine']:.3f}, {row[f'{what}_norm_ratio']:.3f}" for what in ("observed", "predicted")
+            ]
+            rows.append([row["first"], row["second"], *cells, "", ""])
+        else:
+            cells = [f"{row[f'{what}_accuracy']:.3f}" for what in ("observed", "predicted")]
+            rows.append([row["first"], "", "", "", *cells])
     return markdown(header, rows)
 
 
 def growth_table(quantization: pd.DataFrame) -> str:
     """How relex's error goes with T: the largest over the learning rates, for the run's end and at a fixed ratio."""
-    own = quantization[quantization.method == "relex"]
+    own = quantization[(quantization.method == "relex") & (quantization.cut == quantization.cut.max())]
     end = own.target[own.rows.idxmax()]
     header = [
         "encoding",

@@ -21,7 +21,7 @@ class Recorder:
     """All arms' trajectories of one run: observers that take their rows side by side."""
 
     def __init__(self, folder: Path, base: Path, run: Run, grid: Grid, source: Grpo) -> None:
-        self.source = source.master
+        self.source, self.cut = source.master, grid.cuts[-1]
         self.changed_shares: dict[str, list[float]] = {}
         self.plans: dict[str, tuple[Observer, int, int]] = {}  # name -> observer, spacing, last step
         for arm in grid.arms(run):
@@ -37,7 +37,10 @@ class Recorder:
         for name, (observer, spacing, last) in self.plans.items():
             if step <= last and (step % spacing == 0 or step == last):
                 share = observer.observe(step, self.source).changed_share
-                self.changed_shares.setdefault(name, []).append(share)
+                if share == share:  # a sketch does not know
+                    self.changed_shares.setdefault(name, []).append(share)
+                if step in (last, self.cut):
+                    observer.save()
 
 
 def save_weights(folder: Path, step: int, training: Grpo) -> None:
@@ -50,6 +53,18 @@ def save_weights(folder: Path, step: int, training: Grpo) -> None:
 def load_weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
     """What `save_weights` kept."""
     return load_file(folder / f"step_{step:06d}.safetensors")
+
+
+def flat_weights(training: Grpo) -> torch.Tensor:
+    """All master weights end to end, a copy."""
+    return torch.cat([tensor.detach().flatten() for tensor in training.master.tensors.values()])
+
+
+def save_states(path: Path, states: list[torch.Tensor], training: Grpo) -> None:
+    """Keep the float32 weights of every step from 0 on, (steps + 1, n) a tensor."""
+    sizes = [tensor.numel() for tensor in training.master.tensors.values()]
+    parts = zip(*(state.split(sizes) for state in states), strict=True)
+    save_file({name: torch.stack(list(part)) for name, part in zip(training.master.tensors, parts, strict=True)}, path)
 
 
 def train_run(run: Run, grid: Grid, base: Path, out: Path, progress: Progress) -> None:
@@ -70,15 +85,21 @@ def train_run(run: Run, grid: Grid, base: Path, out: Path, progress: Progress) -
     train, test = load_questions(base)
     training = Grpo(base, train, run.learning_rate, run.seed)
     recorder = Recorder(folder / "trajectories", base, run, grid, training)
+    states = [flat_weights(training)] if grid.is_yardstick(run) else []
     checkpoints = grid.checkpoints()
     rewards, correct = [], {0: greedy_correct(training.policy, test)}
     for step in range(1, grid.steps + 1):
         rewards.append(training.step())
         recorder.observe(step)
+        if states:
+            states.append(flat_weights(training))
         if step in checkpoints:
             save_weights(folder / "weights", step, training)
             correct[step] = greedy_correct(training.policy, test)
         progress(1)
+    if states:
+        save_states(folder / "states.safetensors", states, training)
+    del states
     controls = {cut: train_control(run, grid, cut, base, train, test, progress) for cut in grid.cuts}
     record = {
         "accuracy": {step: one.float().mean().item() for step, one in correct.items()},
