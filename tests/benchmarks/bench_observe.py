@@ -180,7 +180,8 @@ def main() -> int:
         return 0
     print(f"{arguments.params:.3g} parameters, {arguments.rows} rows, {torch.get_num_threads()} threads")
     names = [name for name in ENCODINGS if not name.startswith("sketch") or name == "sketch-4"]
-    return 0 if all([compare(name, params, rows, change_rate) for name in names]) else 1
+    kept = [compare(name, params, rows, change_rate) for name in names]
+    return 0 if all(kept) else 1
 
 
 if __name__ == "__main__":

@@ -1,0 +1,55 @@
+"""The pipeline below verl as a rank of a run drives it, on one process and on two gloo ranks."""
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from fakes import DriftingModel, RankSource
+
+from relex_verl.hf_checkpoint import BaseCheckpoint
+from relex_verl.observer import Observer
+from relex_verl.prediction import Prediction
+
+RUN = {"project": "p", "experiment": "e"}
+STEPS = [1, 2, 3, 5, 6, 9, 10]
+PREDICTION = Prediction("relex", 40)
+
+
+def weights_of(base: Path) -> dict[str, torch.Tensor]:
+    checkpoint = BaseCheckpoint(base)
+    return {name: checkpoint.read(name) for name in checkpoint.entries}
+
+
+def train(out: Path, base: Path, encoding: str, rank: int = 0, world: int = 1, steps: list[int] = STEPS) -> Observer:
+    """Observe a drifting model and write one prediction, as a rank of a run does."""
+    model = DriftingModel(weights_of(base))
+    observer = Observer(out / "trajectory", str(base), {}, RUN, encoding)
+    observer.start(RankSource(model.at(0), rank, world))
+    observer.open(0)
+    for step in steps:
+        observer.observe(step, RankSource(model.at(step), rank, world))
+    observer.save()
+    observer.write_prediction(PREDICTION, out / PREDICTION.folder_name, {"method": "relex"})
+    return observer
+
+
+def rank_main(rank: int, world: int, work: Callable[..., None], port: int, *args: object) -> None:
+    dist.init_process_group("cpu:gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    torch.set_num_threads(1)
+    work(rank, world, *args)
+    dist.destroy_process_group()
+
+
+def on_two_ranks(work: Callable[..., None], *args: object) -> None:
+    """Run a function of a module on two processes that talk to each other: work(rank, world, *args)."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(rank_main, args=(2, work, port, *args), nprocs=2)
+
+
+def train_rank(rank: int, world: int, out: Path, base: Path, encoding: str) -> None:
+    train(out, base, encoding, rank, world)
