@@ -38,7 +38,6 @@ def checked_config(config: DictConfig) -> RelexConfig:
     relex = RelexConfig.from_mapping(OmegaConf.to_container(config.relex, resolve=True))  # type: ignore[arg-type]
     if not config.trainer.use_v1:
         raise ConfigError("trainer.use_v1", False, "RELEX extends verl's v1 trainer: set trainer.use_v1=true")
-    mode = config.trainer.v1.trainer_mode
     mode = str(config.trainer.v1.trainer_mode)
     if not mode.startswith("relex_"):
         options = ", ".join(f"+relex={option} ({verl_mode})" for option, verl_mode in MODES.items())

@@ -1,11 +1,16 @@
 """Tell Hydra about `+relex=default|colocate_async|separate_async` and verl about the trainers behind them."""
 
+import functools
+import logging
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import wrapt
 
 __all__ = ["MODES", "option_node", "register"]
+
+logger = logging.getLogger("relex_verl")
 
 # Hydra option -> verl's trainer mode. The RELEX trainer of a mode is registered as "relex_<mode>".
 MODES = {"default": "sync", "colocate_async": "colocate_async", "separate_async": "separate_async"}
@@ -33,11 +38,26 @@ def option_node(mode: str) -> dict[str, Any]:
     }
 
 
+def _harmless(hook: Callable[[Any], None]) -> Callable[[Any], None]:
+    """An exception in a hook would come out of the import that it follows: of Hydra's, or of verl's own trainers."""
+
+    @functools.wraps(hook)
+    def wrapper(module: Any) -> None:
+        try:
+            hook(module)
+        except Exception:
+            logger.error("relex-verl could not be loaded; +relex=... will not work", exc_info=True)
+
+    return wrapper
+
+
+@_harmless
 def _store_options(config_store: Any) -> None:
     store = config_store.ConfigStore.instance()
     for option, mode in MODES.items():
         store.store(group="relex", name=option, node=option_node(mode), package="_global_", provider="relex-verl")
 
 
+@_harmless
 def _register_trainers(_module: Any) -> None:
     import relex_verl.verl_plugin.trainer  # noqa: F401  (its decorators register)

@@ -71,3 +71,11 @@ def test_the_trainer_checks_as_well() -> None:
     """Who starts a trainer without Hydra's callback gets the same refusal."""
     with pytest.raises(ConfigError, match=r"relex\.observe_every=0"):
         checked_config(composed("relex.observe_every=0"))
+
+
+def test_a_length_that_only_the_data_tell_is_left_to_the_trainer() -> None:
+    """verl's default: trainer.total_training_steps is null, and a cut outside the run is refused by `on_length_known`."""
+    config = composed("trainer.total_training_steps=null", "relex.t_cut=101")
+    EarlyCheck().on_job_start(config)
+    with pytest.raises(SystemExit, match="unknown key"):
+        EarlyCheck().on_job_start(composed("trainer.total_training_steps=null", "+relex.tcut=101"))
