@@ -197,12 +197,18 @@ def plot_r2_by_layer(
 
 
 @_styled
-def plot_backtest(stem: Path, series: Mapping[str, Sequence[Spread]], title: str = "") -> list[Path]:
-    """Error of predicting the last observed row from a prefix, against where the prefix ends.
+def plot_backtest(
+    stem: Path,
+    series: Mapping[str, Sequence[Spread]],
+    title: str = "",
+    xlabel: str = "last observed step of the prefix",
+) -> list[Path]:
+    """Error of predicting the last observed row from a prefix, against where the prefix ends or how far that is.
 
     Args:
         series: method -> the error relative to holding the prefix's last checkpoint (median and range over the tensors)
-            at each last step of a prefix. Below 1 the prediction is nearer to the truth than that checkpoint.
+            for each prefix. Below 1 the prediction is nearer to the truth than that checkpoint.
+        xlabel: what `x` of the series is.
     """
     figure = _figure(5.5, 3.5)
     axes = figure.subplots()
@@ -210,7 +216,7 @@ def plot_backtest(stem: Path, series: Mapping[str, Sequence[Spread]], title: str
     axes.axhline(1.0, color=NULL, linestyle="--", linewidth=1, label="hold the last observed")
     axes.set_yscale("log")
     axes.legend(fontsize=8)
-    _label(figure, "last observed step of the prefix", "error relative to holding", title)
+    _label(figure, xlabel, "error relative to holding", title)
     return _save(figure, stem)
 
 

@@ -4,7 +4,7 @@ import base64
 import html
 import re
 from collections.abc import Mapping, Sequence
-from math import isfinite, sqrt
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ def window_figures(
     steps: Sequence[int],
     targets: Sequence[int],
     methods: Sequence[str],
+    smoothed: bool = False,
 ) -> dict[str, Path]:
     """Draw what the window looks like (paper, Figure 4 and beyond); PNG beside SVG.
 
@@ -51,6 +52,7 @@ def window_figures(
         steps: the T real step numbers.
         targets: steps to which the lines are drawn on.
         methods: whose backtest is drawn.
+        smoothed: G is that of a sketch: only the coefficients are drawn, as what they are.
 
     Returns:
         Name of the figure -> PNG file.
@@ -59,43 +61,46 @@ def window_figures(
     of, null = spectrum(gram_LTT), spectrum(random_walk_gram(steps))
     drawn = {
         "coefficients": plots.plot_coefficients(
-            folder / "coefficients", _panels(names, of.gram_LTT, steps, targets), "Rank-1 coefficients, extrapolated"
+            folder / "coefficients",
+            _panels(names, of.gram_LTT, steps, targets),
+            "Rank-1 coefficients, smoothed by the sketch" if smoothed else "Rank-1 coefficients, extrapolated",
         ),
-        "spectrum": _spectrum_figure(folder, of, null),
     }
-    if len(steps) >= 3:
+    if not smoothed:
+        drawn["spectrum"] = _spectrum_figure(folder, of, null)
+    if len(steps) >= 3 and not smoothed:
         values: dict[str, dict[int, float]] = {}
         for name, value in zip(names, line_r2(of, steps).tolist(), strict=True):
             layer, module = layer_and_module(name)
             values.setdefault(module, {})[layer] = value
         walk = line_r2(null, steps).item()
         drawn["r2_by_layer"] = plots.plot_r2_by_layer(folder / "r2_by_layer", values, null=walk)
-    series = {method: _backtests(gram_LTT, steps, method) for method in methods if method != "hold"}
+    tested = [method for method in methods if method != "hold" and not smoothed]
+    series = {method: _backtests(gram_LTT, steps, method) for method in tested}
     series = {method: spreads for method, spreads in series.items() if spreads}
     if series:
-        drawn["backtest"] = plots.plot_backtest(folder / "backtest", series, "Predicting the last row from a prefix")
+        title, horizon = f"Predicting step {steps[-1]} from a prefix", f"horizon: {steps[-1]} / last step of the prefix"
+        drawn["backtest"] = plots.plot_backtest(folder / "backtest", series, title, horizon)
     return {name: next(path for path in paths if path.suffix == ".png") for name, paths in drawn.items()}
 
 
-def horizon_figure(
-    folder: Path, scored: Sequence[tuple[str, int, float]], hold: tuple[int, float], prompts: int
-) -> Path:
-    """Score against horizon, with 95 % intervals for a mean over so many prompts (normal, worst case a yes-or-no score).
+def horizon_figure(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Score against horizon, with 95 % intervals (normal) from the spread of the scores over the prompts.
 
     Args:
-        scored: method, target, score.
-        hold: last observed step and its score.
-        prompts: validation prompts behind each score.
+        folder: where the files go.
+        rows: "validation_scores" of a report: of the last observed weights first, then of the predictions.
     """
 
-    def point(step: int, score: float) -> plots.Score:
-        half = 1.96 * sqrt(max(score * (1 - score), 0.0) / max(prompts, 1))
-        return plots.Score(step, score, score - half, score + half)
+    def point(row: Mapping[str, Any]) -> plots.Score:
+        half = 1.96 * row["standard_error"]
+        return plots.Score(row["target"], row["score"], row["score"] - half, row["score"] + half)
 
+    hold, *predicted = rows
     series: dict[str, list[plots.Score]] = {}
-    for method, target, score in scored:
-        series.setdefault(method, []).append(point(target, score))
-    paths = plots.plot_horizon(folder / "scores", series, point(*hold), title="Validation score of the predictions")
+    for row in predicted:
+        series.setdefault(row["method"], []).append(point(row))
+    paths = plots.plot_horizon(folder / "scores", series, point(hold), title="Validation score of the predictions")
     return next(path for path in paths if path.suffix == ".png")
 
 
@@ -103,7 +108,7 @@ def write_html(path: Path, report: Mapping[str, Any], figures: Mapping[str, Path
     """One page with the advice, the scores, the figures (inside it) and the tensors."""
     advice = report["advice"]
     scores = [
-        {key: _short(row.get(key)) for key in ("name", "score", "search_score", "seconds")}
+        {key: _short(row.get(key)) for key in ("name", "score", "standard_error", "search_score", "seconds")}
         for row in report["validation_scores"]
     ]
     tensors = [{key: _short(value) for key, value in row.items()} for row in report["fits"]["tensors"]]
@@ -112,6 +117,7 @@ def write_html(path: Path, report: Mapping[str, Any], figures: Mapping[str, Path
         f"<p>Cut at step {report['t_cut']}, {len(report['observed_steps'])} observed steps.</p>",
         "<h2>Scores</h2>" + _table(scores) if scores else "",
         _screened(report.get("screened_out", {})),
+        *(_earlier(cut) for cut in reversed(report.get("earlier_cuts", []))),
         *(f"<h2>{html.escape(name.replace('_', ' '))}</h2>{_image(figure)}" for name, figure in figures.items()),
         "<h2>Random walk</h2><p>What a pure random walk would show: "
         + ", ".join(f"{k.replace('_', ' ')} {_short(v)}" for k, v in report["fits"]["random_walk_null"].items())
@@ -163,14 +169,23 @@ def _spectrum_figure(folder: Path, of: Any, null: Any) -> list[Path]:
 
 
 def _backtests(gram_LTT: torch.Tensor, steps: Sequence[int], method: str) -> list[plots.Spread]:
+    """Spread of the backtest's error over the tensors at each horizon s_T / s_prefix, the nearest first."""
     spreads = []
-    for prefix in range(max(2, METHODS[method].min_rows), len(steps)):
+    for prefix in reversed(range(max(2, METHODS[method].min_rows), len(steps))):
         errors_L = backtest_error(gram_LTT, steps, prefix, method)
         errors_L = errors_L[errors_L.isfinite()]
         if len(errors_L):
             low, middle, high = errors_L.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
-            spreads.append(plots.Spread(steps[prefix - 1], middle, low, high))
+            spreads.append(plots.Spread(steps[-1] / steps[prefix - 1], middle, low, high))
     return spreads
+
+
+def _earlier(cut: Mapping[str, Any]) -> str:
+    rows = [
+        {key: _short(row.get(key)) for key in ("name", "score", "standard_error")} for row in cut["validation_scores"]
+    ]
+    said = f"<h2>Earlier cut, at step {cut['t_cut']}</h2><p>{html.escape(cut['advice']['reason'])}</p>"
+    return said + (_table(rows) if rows else "")
 
 
 def _screened(reasons: Mapping[str, str]) -> str:

@@ -20,6 +20,7 @@ __all__ = [
     "log_to_wandb",
     "provenance",
     "step_metrics",
+    "strict",
     "versions",
 ]
 
@@ -71,7 +72,9 @@ def step_metrics(
         stored_bytes: size of the trajectory so far.
         backtest: from `half_backtest`; `relex/ready` is 1 when it says that extrapolating beats holding.
     """
-    metrics = {"relex/changed_share": changed_share, "relex/stored_bytes": float(stored_bytes)}
+    metrics = {"relex/stored_bytes": float(stored_bytes)}
+    if math.isfinite(changed_share):  # a sketch does not keep the row before
+        metrics["relex/changed_share"] = changed_share
     if math.isfinite(backtest):
         metrics |= {"relex/backtest/error_vs_hold": backtest, "relex/ready": float(backtest < 1.0)}
     if figures["drift"].isfinite().any():
@@ -82,13 +85,18 @@ def step_metrics(
 
 
 def fit_report(
-    names: Sequence[str], shapes: Sequence[Sequence[int]], gram_LTT: torch.Tensor, steps: Sequence[int], rank: int
+    names: Sequence[str],
+    shapes: Sequence[Sequence[int]],
+    gram_LTT: torch.Tensor,
+    steps: Sequence[int],
+    rank: int,
+    energy_L: torch.Tensor | None = None,
 ) -> dict[str, Any]:
     """The fits of a cut: a row for each tensor, their summary, and the random-walk null beside it.
 
-    A tensor that never moved has null figures, not zeros.
+    A tensor that never moved has null figures, not zeros; so has every tensor where only a sketch is known (`energy_L`).
     """
-    figures = describe(gram_LTT, steps, rank)
+    figures = describe(gram_LTT, steps, rank, energy_L)
     null = describe(random_walk_gram(steps), steps, rank)
     norms_L = gram_LTT[:, -1, -1].clamp_min(0.0).sqrt().tolist()
     columns = {name: values_L.tolist() for name, values_L in figures.items()}
@@ -108,10 +116,19 @@ def fit_report(
     }
 
 
+def strict(content: Any) -> Any:
+    """The same as JSON knows it: numbers that are not finite become null, which JSON has no word for."""
+    if isinstance(content, Mapping):
+        return {str(key): strict(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [strict(value) for value in content]
+    return _defined(content) if isinstance(content, float) else content
+
+
 def log_to_wandb(
     wandb: Any, step: int, report: Mapping[str, Any], figures: Mapping[str, Path], folders: Sequence[Path]
 ) -> None:
-    """Log a cut to the run that verl holds: tables, pictures, artifacts, an alert and summary fields.
+    """Log a cut to the run that verl holds: an alert, summary fields, tables, pictures, artifacts.
 
     Args:
         wandb: verl's W&B backend, the module with an active run.
@@ -120,20 +137,22 @@ def log_to_wandb(
         figures: name -> PNG file.
         folders: the predicted checkpoints; the recommended one gets the alias "recommended".
     """
-    logged: dict[str, Any] = {"relex/tensors": _wandb_table(wandb, report["fits"]["tensors"])}
-    if report["validation_scores"]:
-        rows = [{k: v for k, v in row.items() if k != "metrics"} for row in report["validation_scores"]]
-        logged["relex/candidates"] = _wandb_table(wandb, rows)
-    logged |= {f"relex/figures/{name}": wandb.Image(str(path)) for name, path in figures.items()}
-    wandb.log(logged, step=step)
-    for folder in folders:
-        _log_artifact(wandb, folder, recommended=folder.name == report["advice"]["target"])
     advice = report["advice"]
     wandb.run.summary["relex/advice"] = advice["action"]
     if advice["target"] is not None:
         wandb.run.summary["relex/recommended_path"] = report["recommended_path"]
         wandb.run.summary["relex/steps_saved"] = report["steps_saved"]
     wandb.run.alert(title=f"RELEX: {advice['action'].replace('_', ' ')}", text=advice["reason"])
+    rows = {
+        "tensors": report["fits"]["tensors"],
+        "candidates": [{k: v for k, v in row.items() if k != "metrics"} for row in report["validation_scores"]],
+        "screened_out": [{"method": method, "reason": why} for method, why in report["screened_out"].items()],
+    }
+    logged = {f"relex/{name}": _wandb_table(wandb, found) for name, found in rows.items() if found}
+    logged |= {f"relex/figures/{name}": wandb.Image(str(path)) for name, path in figures.items()}
+    wandb.log(logged, step=step)
+    for folder in folders:  # last: nothing else waits for the copying of checkpoints
+        _log_artifact(wandb, folder, recommended=folder.name == advice["target"])
 
 
 def _wandb_table(wandb: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
@@ -148,7 +167,8 @@ def _log_artifact(wandb: Any, folder: Path, recommended: bool) -> None:
         f"{folder.name}-{wandb.run.id}", type="model", metadata=metadata, description="RELEX prediction"
     )
     if sum(path.stat().st_size for path in folder.iterdir()) > WANDB_UPLOAD_LIMIT:
-        artifact.add_reference(folder.as_uri())
+        # No checksum: the training would wait while many gigabytes are read again.
+        artifact.add_reference(folder.as_uri(), checksum=False)
     else:
         artifact.add_dir(str(folder))
     wandb.run.log_artifact(artifact, aliases=["latest", "recommended"] if recommended else ["latest"])

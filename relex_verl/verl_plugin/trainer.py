@@ -1,6 +1,7 @@
 """verl's three trainers with RELEX's hooks. They lend what only a trainer has; the callback makes the decisions."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -8,6 +9,7 @@ import transfer_queue as tq
 from omegaconf import DictConfig, open_dict
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync, register_trainer
+from verl.trainer.ppo.v1.trainer_separate_async import HybridEngineMode
 from verl.utils.debug import marked_timer
 
 from relex_verl.prediction import Prediction
@@ -38,10 +40,13 @@ class _RelexTrainerMixin:
     timing_raw: dict[str, float]
     actor_rollout_wg: Any
     checkpoint_manager: Any
+    replay_buffer: Any
+    val_dataset: Any
 
     def __init__(self, config: DictConfig) -> None:
         self.relex = RelexCallback(config)
         self._relex_probe: Probe | None = None
+        self._relex_saved_step = 0  # step of the last checkpoint, this run's or the one that it resumed from
         with open_dict(config):
             config.trainer.v1.trainer_mode = self.verl_mode
         super().__init__(config)  # type: ignore[call-arg]
@@ -62,7 +67,19 @@ class _RelexTrainerMixin:
         # The only moment at which the weights are theta_0: the model is built, no checkpoint is loaded yet.
         self.relex.on_model_ready(self.actor_rollout_wg)
         super()._load_checkpoint()  # type: ignore[misc]
+        self._relex_saved_step = self.global_steps
         self.relex.on_checkpoint_loaded(self.global_steps)
+
+    def on_train_begin(self) -> None:
+        """A run that ended between a cut and its scores is scored before it trains on."""
+        if self.relex.wants_scores:
+            self.global_steps -= 1  # verl has counted on to the step that it is about to train
+            try:
+                scored = self.relex.on_train_begin(self.global_steps, self, self.logger)
+                self.logger.log(data=scored, step=self.global_steps)
+            finally:
+                self.global_steps += 1
+        super().on_train_begin()  # type: ignore[misc]
 
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> Any:
         """One training step, then the row of the trajectory that it made."""
@@ -81,6 +98,11 @@ class _RelexTrainerMixin:
             # verl merges these into the step's metrics; separate_async has just assigned its own.
             self._pending_sync_metrics = {**(getattr(self, "_pending_sync_metrics", None) or {}), **scored}
 
+    def _save_checkpoint(self) -> None:
+        self.relex.on_save(self.global_steps)
+        super()._save_checkpoint()  # type: ignore[misc]
+        self._relex_saved_step = self.global_steps
+
     def fit(self, *args: Any, **kwargs: Any) -> None:
         """Train. verl calls its own `on_train_end` only when a run does not end with its last step."""
         try:
@@ -95,42 +117,53 @@ class _RelexTrainerMixin:
 
         Args:
             weights: a prediction, or "observed" for the actor's own along the same path.
-            metric: the metric that is decided on, None for verl's core metric.
+            metric: the metric that is decided on, None for verl's core metric of the first data source.
             timeout: seconds.
 
         Raises:
             ValidationTimeout, ValueError: it hung, or there was nothing to validate on.
         """
+        if not len(self.val_dataset):
+            raise ValueError("the validation set is empty")
         start = time.perf_counter()
-        with same_random_state(), deadline(timeout):
-            self._relex_drain()
-            self.relex.substitute(weights)
+        with same_random_state(), deadline(self.replay_buffer, timeout) as check:
+            self._relex_drain(check)
+            self._relex_probe = probe = Probe(str(self.val_dataset[0].get("data_source", "unknown")))
             try:
-                self._relex_publish()
+                self.relex.substitute(weights)
+                self._relex_sleep()
+                self._relex_wake()
                 self.on_validate_begin()  # type: ignore[attr-defined]  # separate_async loads its hybrid replicas here
-            finally:
-                self.relex.substitute(None)
-            self._relex_probe = probe = Probe()
-            try:
-                metrics = self._validate()  # type: ignore[attr-defined]
+                # Substituted until the end: with a reward model on the same devices verl sends the weights again in between.
+                metrics = self._validate()
                 self.on_validate_end()  # type: ignore[attr-defined]
             finally:
                 self._relex_probe = None
+                self.relex.substitute(None)
         return probe.validation(metrics, metric, time.perf_counter() - start)
 
     def relex_restore(self) -> None:
-        """Give the rollout the actor's weights back; drop what an unfinished validation left behind."""
-        left = (tq.kv_list("val") or {}).get("val", {})
-        if left:
-            tq.kv_clear(keys=list(left), partition_id="val")
-        self._relex_publish()
+        """Give the rollout the actor's weights back, whatever a validation left behind."""
+        self.relex.substitute(None)
+        self._relex_sleep()
+        self._relex_forget_answers()
+        self._relex_wake()
 
     def relex_end_training(self) -> None:
-        """End the run after this step, properly: with a checkpoint of it, if the run saves any."""
-        frequency = self.config.trainer.save_freq
-        if frequency > 0 and self.global_steps % frequency:
-            self._save_checkpoint()  # type: ignore[attr-defined]
-        self.total_training_steps = self.global_steps
+        """End the run after this step, properly: with a checkpoint of it, which verl may have saved already."""
+        self.total_training_steps = self.global_steps  # first: the run ends even if the checkpoint fails
+        if self._relex_saved_step == self.global_steps:
+            return
+        self._relex_sleep()  # as when verl saves: the rollout's weights and cache off the device
+        try:
+            self._save_checkpoint()
+        finally:
+            self._relex_wake()  # verl may validate this step
+
+    def _validate(self) -> dict[str, float]:
+        self._relex_forget_answers()
+        metrics: dict[str, float] = super()._validate()  # type: ignore[misc]
+        return metrics
 
     def _maybe_log_val_generations(self, inputs: list[str], outputs: list[str], scores: list[float]) -> None:
         if self._relex_probe is None:
@@ -143,23 +176,42 @@ class _RelexTrainerMixin:
         if self._relex_probe is None:
             super()._dump_generations(*args, **kwargs)  # type: ignore[misc]
 
-    def _val_metrics_update(self, data_sources: Any, sample_uids: Any, infos: Any, *args: Any, **kwargs: Any) -> Any:
+    def _val_metrics_update(
+        self, data_sources: Any, sample_uids: Any, infos: Any, sample_turns: Any, expected_acc_counts: Any = None
+    ) -> Any:
         if self._relex_probe is not None:
             self._relex_probe.sources = [str(source) for source in data_sources]
+            self._relex_probe.uids = [str(uid) for uid in sample_uids]
             self._relex_probe.values = {name: list(values) for name, values in infos.items()}
-        return super()._val_metrics_update(data_sources, sample_uids, infos, *args, **kwargs)  # type: ignore[misc]
+            self._relex_probe.expected = dict(expected_acc_counts or {})
+        return super()._val_metrics_update(  # type: ignore[misc]
+            data_sources, sample_uids, infos, sample_turns, expected_acc_counts=expected_acc_counts
+        )
 
-    def _relex_drain(self) -> None:
+    def _relex_forget_answers(self) -> None:
+        """Empty verl's queue of validations: a given-up one leaves prompts there, and its answers may come long after."""
+        left = (tq.kv_list("val") or {}).get("val", {})
+        if left:
+            tq.kv_clear(keys=list(left), partition_id="val")
+
+    def _relex_drain(self, check: Callable[[], None]) -> None:
         """Wait until no training prompt is being generated: none may be answered by other weights than the policy's."""
         while True:
             tags = (tq.kv_list("train") or {}).get("train", {}).values()
             if not any(tag.get("is_prompt") and tag.get("status") in ("pending", "running") for tag in tags):
                 return
+            check()
             time.sleep(DRAIN_POLL_SECONDS)
 
-    def _relex_publish(self) -> None:
-        """Bring what the actor exports to the rollout, the way this mode does after a step."""
-        raise NotImplementedError
+    def _relex_sleep(self) -> None:
+        """Abort what the rollout generates and put it to sleep, as verl does before it trains with partial rollouts."""
+        self.checkpoint_manager.abort_replicas()
+        self.checkpoint_manager.sleep_replicas()
+
+    def _relex_wake(self) -> None:
+        """Bring what the actor exports to the sleeping rollout, the way this mode does after a step."""
+        self.checkpoint_manager.update_weights(self.global_steps)
+        self.checkpoint_manager.resume_generation_replicas()
 
 
 @register_trainer("relex_sync")
@@ -169,10 +221,6 @@ class RelexSync(_RelexTrainerMixin, PPOTrainerSync):
     verl_mode = "sync"
     actor_worker = RelexActorWorker
 
-    def _relex_publish(self) -> None:
-        self.checkpoint_manager.sleep_replicas()
-        self.checkpoint_manager.update_weights(self.global_steps)
-
 
 @register_trainer("relex_colocate_async")
 class RelexColocateAsync(_RelexTrainerMixin, PPOTrainerColocateAsync):
@@ -181,23 +229,40 @@ class RelexColocateAsync(_RelexTrainerMixin, PPOTrainerColocateAsync):
     verl_mode = "colocate_async"
     actor_worker = RelexActorWorker
 
-    def _relex_publish(self) -> None:
-        self.checkpoint_manager.abort_replicas()
-        self.checkpoint_manager.sleep_replicas()
-        self.checkpoint_manager.update_weights(self.global_steps)
-        self.checkpoint_manager.resume_generation_replicas()
-
 
 @register_trainer("relex_separate_async")
 class RelexSeparateAsync(_RelexTrainerMixin, PPOTrainerSeparateAsync):
-    """`+relex=separate_async`."""
+    """`+relex=separate_async`: stand-alone replicas, and hybrid ones that verl lends between training and rollout."""
 
     verl_mode = "separate_async"
     actor_worker = RelexDetachActorWorker
+    _relex_mode_before: HybridEngineMode | None = None
 
-    def _relex_publish(self) -> None:
-        from verl.trainer.ppo.v1.trainer_separate_async import HybridEngineMode
+    def relex_validate(self, weights: Prediction | str, metric: str | None, timeout: float) -> Validation:
+        """As in the other modes; remembers whether the hybrid replicas were generating before the first."""
+        if self._relex_mode_before is None:
+            self._relex_mode_before = self.current_mode
+        return super().relex_validate(weights, metric, timeout)
 
+    def relex_restore(self) -> None:
+        """As in the other modes; the hybrid replicas go back to what they did before the scoring."""
+        super().relex_restore()
+        before, self._relex_mode_before = self._relex_mode_before, None
+        if before == HybridEngineMode.ROLLOUT:
+            self.switch_to_rollout()
+
+    def switch_to_rollout(self, **kwargs: Any) -> None:
+        """verl's; replicas that are awake by half count as awake, so that `switch_to_trainer` puts them to sleep."""
+        try:
+            super().switch_to_rollout(**kwargs)
+        except BaseException:
+            self.current_mode = HybridEngineMode.ROLLOUT
+            raise
+
+    def _relex_sleep(self) -> None:
         if self.current_mode == HybridEngineMode.ROLLOUT:
             self.switch_to_trainer()
-        self.standalone_checkpoint_manager.update_weights(self.global_steps)
+        self.standalone_checkpoint_manager.abort_replicas()
+
+    def _relex_wake(self) -> None:
+        self.standalone_checkpoint_manager.update_weights(self.global_steps)  # resumes generation, too
