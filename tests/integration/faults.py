@@ -1,16 +1,30 @@
-"""Stand-in for bad luck: loaded into every process of a run by VERL_USE_EXTERNAL_MODULES, breaks what FAULT names."""
+"""Stand-ins for bad luck: loaded into every process of a run by VERL_USE_EXTERNAL_MODULES.
 
+- FAULT=module:name raises from what it names.
+- FAULT_SCORING changes what happens while RELEX validates, and only then, after the first FAULT_AFTER validations: "hang"
+  keeps every answer back, "raise" fails in every reward, "flatter" gives every answer of a prediction the full reward,
+  whatever the model said. FAULT_MARKER is the file by which the driver tells the other processes that it is so far.
+"""
+
+import asyncio
+import functools
 import os
+from pathlib import Path
+from typing import Any
 
 import wrapt
 
+MARKER = Path(os.environ.get("FAULT_MARKER", "/nonexistent"))
+SCORING = os.environ.get("FAULT_SCORING", "")
 
-def _break(module: object) -> None:
+
+def _break(module: Any) -> None:
     where, _, what = os.environ.get("FAULT", "").partition(":")
-    if getattr(module, "__name__", "") != where:
+    if module.__name__ != where:
         return
     owner, _, name = what.rpartition(".")
     target = getattr(module, owner) if owner else module
+    getattr(target, name)  # a fault that hits nothing would prove nothing
 
     def broken(*_: object, **__: object) -> None:
         raise OSError("injected: the disk is on fire")
@@ -18,5 +32,45 @@ def _break(module: object) -> None:
     setattr(target, name, broken)
 
 
+def _mark_validations(trainer: Any) -> None:
+    """In the driver: the marker is there while RELEX validates."""
+    validate, begun = trainer._RelexTrainerMixin.relex_validate, []
+
+    @functools.wraps(validate)
+    def marked(self: Any, weights: Any, *args: Any) -> Any:
+        begun.append(weights)
+        if len(begun) > int(os.environ.get("FAULT_AFTER", "0")) and not (
+            SCORING == "flatter" and weights == "observed"
+        ):
+            MARKER.touch()
+        try:
+            return validate(self, weights, *args)
+        finally:
+            MARKER.unlink(missing_ok=True)
+
+    trainer._RelexTrainerMixin.relex_validate = marked
+
+
+def _disturb_answers(agent_loop: Any) -> None:
+    """In the agent loop's process: what each sample meets while the marker is there."""
+    loop = agent_loop.SeededSingleTurnAgentLoop
+    run, score = loop.run, loop._score
+
+    async def late(self: Any, *args: Any, **kwargs: Any) -> Any:
+        while SCORING == "hang" and MARKER.exists():
+            await asyncio.sleep(0.05)
+        return await run(self, *args, **kwargs)
+
+    def judged(self: Any, *args: Any) -> float:
+        if SCORING == "raise" and MARKER.exists():
+            raise OSError("injected: no reward today")
+        return 1.0 if SCORING == "flatter" and MARKER.exists() else score(self, *args)
+
+    loop.run, loop._score = late, judged
+
+
 for _name in ("relex_verl.observer", "relex_verl.tracking", "relex_verl.report"):
     wrapt.register_post_import_hook(_break, _name)
+if SCORING:
+    wrapt.register_post_import_hook(_mark_validations, "relex_verl.verl_plugin.trainer")
+    wrapt.register_post_import_hook(_disturb_answers, "verl_cpu.agent_loop")
