@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from relex_verl import tracking
-from relex_verl.advice import Advice, alpha_share, unscored
+from relex_verl.advice import Advice, unscored
 from relex_verl.config import Plan, RelexConfig
 from relex_verl.opening import appears
 from relex_verl.prediction import Prediction
@@ -18,15 +18,13 @@ from relex_verl.verl_plugin.cut import Host, Verdict, decide
 from relex_verl.verl_plugin.early_check import checked_config
 from relex_verl.verl_plugin.output import OutputFolder, summary
 from relex_verl.verl_plugin.ranks import Ranks, RelexError
+from relex_verl.verl_plugin.schedule import Schedule
 from relex_verl.verl_plugin.worker import Setup
 
 __all__ = ["RelexCallback"]
 
 logger = logging.getLogger("relex_verl")
 logger.setLevel(os.environ.get("RELEX_LOGGING_LEVEL", "INFO"))
-
-# What a kind of trajectory becomes where the engine does not allow it.
-FALLBACK = {"fp32": "bf16"}
 
 
 class RelexCallback:
@@ -49,20 +47,22 @@ class RelexCallback:
         self._base_model = str(config.actor_rollout_ref.model.path)
         self._output = OutputFolder(self.config.folder)
         self._ranks = Ranks(None)
-        self._plan: Plan | None = None
-        self._first_cut = 0
-        self._total_steps = 0
-        self._trajectory = self.config.trajectory
+        self._schedule: Schedule | None = None
         self._metrics: dict[str, float] = {}  # of the step that was observed last
         self._window: dict[str, Any] | None = None  # of a cut whose predictions are still to be scored
         self._log: Any = None
-        self._earlier: list[dict[str, Any]] = []
+
+    @property
+    def schedule(self) -> Schedule:
+        """The cuts; known once the length of the run is."""
+        assert self._schedule is not None
+        return self._schedule
 
     @property
     def plan(self) -> Plan:
-        """The coming cut; known once the length of the run is."""
-        assert self._plan is not None
-        return self._plan
+        """The coming cut, as long as RELEX is active."""
+        assert self.schedule.plan is not None
+        return self.schedule.plan
 
     @property
     def wants_scores(self) -> bool:
@@ -77,9 +77,7 @@ class RelexCallback:
         Raises:
             ConfigError: they do not fit the run.
         """
-        self._total_steps = total_steps
-        self._plan = self.config.plan(total_steps)
-        self._first_cut = self.plan.t_cut
+        self._schedule = Schedule(self.config, total_steps)
 
     def on_model_ready(self, workers: Any) -> None:
         """Take theta_0, after the model is built and before a checkpoint is loaded.
@@ -88,9 +86,7 @@ class RelexCallback:
             RuntimeError, ValueError: the run is refused (memory, disk, an engine whose weights cannot be followed).
         """
         self._ranks = Ranks(workers)
-        configured = self.config.trajectory
-        kinds = [configured, *([FALLBACK[configured]] if configured in FALLBACK else [])]
-        plans = {kind: self.config.plan(self._total_steps, kind) for kind in kinds}
+        configured, plans = self.config.trajectory, self.schedule.plans
         setup = Setup(
             output_dir=self._output.path,
             base_model=self._base_model,
@@ -98,19 +94,19 @@ class RelexCallback:
             trajectory=configured,
             quantization=self.config.quantization,
             rows={kind: plan.rows for kind, plan in plans.items()},
-            predictions=len(self._predictions()) + 1,  # the search may find one that is not a target
+            predictions=len(self.schedule.predictions) + 1,  # the search may find one that is not a target
             rank=self.config.rank,
             fit_from=self.config.fit_from,
             sketch_size=self.config.sketch_size,
             observe_every={kind: plan.observe_every for kind, plan in plans.items()},
         )
-        self._trajectory, reason, estimate = self._ranks.ask_or_refuse("relex_start", setup)
+        trajectory, reason, estimate = self._ranks.ask_or_refuse("relex_start", setup)
         if reason is not None:
-            became = f"becomes {self._trajectory}" if self._trajectory != configured else "follows bfloat16 weights"
+            became = f"becomes {trajectory}" if trajectory != configured else "follows bfloat16 weights"
             logger.warning("RELEX: relex.trajectory=%s %s: %s", configured, became, reason)
         if estimate:
             logger.info("RELEX: %s", estimate)
-        self._plan = plans[self._trajectory]
+        self.schedule.follow(trajectory)
 
     def on_checkpoint_loaded(self, step: int) -> None:
         """Open the trajectory, from the start or after the step that training resumes from.
@@ -119,12 +115,11 @@ class RelexCallback:
             ConfigError, TrajectoryError: the output folder belongs to another run.
         """
         if step:
-            self._earlier = self._output.earlier_cuts(step)
+            self.schedule.resume(step, self._output.earlier_cuts(step))
         else:
             run = {"project": self._trainer.project_name, "experiment": self._trainer.experiment_name}
             self._output.claim({"base model": self._base_model, **run}, self._trainer.resume_mode)
-        self._plan = self._plan_after(step)
-        if self._plan is None:
+        if self.schedule.plan is None:
             self._close()
             return
         held = self._ranks.ask_or_refuse("relex_open", step)
@@ -136,22 +131,17 @@ class RelexCallback:
         elif step:
             logger.warning("RELEX: observes from step %d on; the steps before were trained without it", step)
         if step == self.plan.t_cut:
-            # verl saved this step after the fit and before the scores, and the run ended between the two.
+            self._cut_again(step, observed=step in held)
+
+    def _cut_again(self, step: int, observed: bool) -> None:
+        """verl saves a step between the fit and the scores; the run has ended between the two."""
+        if observed:
             logger.info("RELEX: the cut at step %d has no verdict yet: fitting it again", step)
             self._guard(self._fit)
-
-    def _plan_after(self, step: int) -> Plan | None:
-        """The cut that comes next when training goes on after a step; None when none does."""
-        verdicts = {cut["t_cut"]: cut["advice"] for cut in self._earlier}
-        final = [advice for advice in verdicts.values() if advice["action"] != "keep_training"]
-        if final:
-            logger.info("RELEX: no further cut, since this run has a verdict. %s", final[-1]["reason"])
-            return None
-        plan = self._plan
-        while plan is not None and (step > plan.t_cut or plan.t_cut in verdicts):
-            logger.info("RELEX: training resumes at step %d, the cut at %d is behind it", step, plan.t_cut)
-            plan = self._next_plan(plan)
-        return plan
+            return
+        self.schedule.skip(step)
+        if self.schedule.plan is None:
+            self._close()
 
     # While it trains
 
@@ -186,7 +176,7 @@ class RelexCallback:
 
     def on_save(self, step: int) -> None:
         """verl is about to save a checkpoint of this step: put on disk what only memory holds."""
-        if self.active and self._trajectory == "sketch":
+        if self.active and self.schedule.trajectory == "sketch":
             self._guard(lambda: self._ranks.ask("relex_save"))
 
     def on_rollout_ready(self, step: int, host: Host) -> dict[str, float]:
@@ -205,17 +195,16 @@ class RelexCallback:
         window = self._take_window()
         verdict: Verdict | None = None
         try:
-            share = alpha_share(len(self._earlier), last=self._next_plan(self.plan) is None)
-            verdict = self._guard(lambda: decide(host, self.config, self.plan, window, share))
+            verdict = self._guard(lambda: decide(host, self.config, self.plan, window, self.schedule.alpha_share))
         finally:
             self._restore(step, host)
         return self._guard(lambda: self._conclude(step, window, verdict, host)) or {} if verdict is not None else {}
 
     def on_train_end(self) -> None:
         """The run is over, by whatever way."""
-        if self.active and self._plan is not None:
-            if self._earlier:
-                reason = self._earlier[-1]["advice"]["reason"]
+        if self.active and self._schedule is not None:
+            if self.schedule.earlier:
+                reason = self.schedule.earlier[-1]["advice"]["reason"]
                 logger.info("RELEX: training ended before another cut at step %d. %s", self.plan.t_cut, reason)
             else:
                 said = "RELEX: training ended before the cut at step %d was scored; the trajectory is kept"
@@ -240,7 +229,7 @@ class RelexCallback:
         """Fit, and write the configured targets before anything is scored: whatever comes, they are there."""
         self._output.begin_cut(self.plan.t_cut)
         window = self._ranks.ask("relex_fit", self.config.methods, self.plan.targets)
-        predictions = self._predictions()
+        predictions = self.schedule.predictions
         for i, prediction in enumerate(predictions, 1):
             logger.info("RELEX: writing %s (%d of %d)", prediction.folder_name, i, len(predictions))
             self._write(prediction, window["steps"])
@@ -264,17 +253,17 @@ class RelexCallback:
 
     def _conclude(self, step: int, window: dict[str, Any], verdict: Verdict, host: Host | None) -> dict[str, float]:
         """Tell the user in every place, and act: stop, go on to the next cut, or let go."""
-        winner, predictions = verdict.winner, self._predictions()
+        winner, predictions = verdict.winner, self.schedule.predictions
         if winner is not None and winner not in predictions:
             self._write(winner, window["steps"])
             predictions.append(winner)
         self._output.recommend(winner)
         found = announce.report(step, window, verdict, self._output, predictions)
-        found |= {"metrics": self._metrics, "earlier_cuts": list(self._earlier)}
-        found["steps_saved"] = self._total_steps - step if winner is not None else 0
+        found |= {"metrics": self._metrics, "earlier_cuts": list(self.schedule.earlier)}
+        found["steps_saved"] = 0 if winner is None else self.schedule.saved
         self._output.keep(step, found)
         announce.show(self._output, self._log.logger, step, found, window["figures"], verdict)
-        self._earlier.append(summary(found))
+        self.schedule.earlier.append(summary(found))
         self._act(verdict.advice, host)
         return verdict.metrics()
 
@@ -282,7 +271,7 @@ class RelexCallback:
         if advice.action == "stop" and self.config.on_cut == "stop" and host is not None:
             logger.info("RELEX: the run ends here, as relex.on_cut=stop says")
             announce.attempt("the last checkpoint", host.relex_end_training)
-        following = self._next_plan(self.plan) if advice.action == "keep_training" else None
+        following = self.schedule.following() if advice.action == "keep_training" else None
         if following is None:
             self._close()
             return
@@ -292,17 +281,8 @@ class RelexCallback:
             logger.warning("RELEX: observes no further, the rows up to step %d do not fit: %s", following.t_cut, error)
             self._close()
             return
-        self._plan = following
+        self.schedule.plan = following
         logger.info("RELEX: observes on; the next cut is at step %d", following.t_cut)
-
-    def _next_plan(self, plan: Plan) -> Plan | None:
-        return self.config.next_plan(plan, self._first_cut, self._total_steps, self._trajectory)
-
-    def _predictions(self) -> list[Prediction]:
-        rank, fit_from = self.config.rank, self.config.fit_from
-        return [
-            Prediction(method, target, rank, fit_from) for method in self.config.methods for target in self.plan.targets
-        ]
 
     def _take_window(self) -> dict[str, Any]:
         window, self._window = self._window, None

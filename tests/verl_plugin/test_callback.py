@@ -303,6 +303,15 @@ def test_a_run_that_resumes_behind_its_cut_goes_on_to_the_next(tmp_path: Path) -
     assert workers.calls[-1] == "relex_stop"
 
 
+def test_a_run_that_resumes_at_its_cut_without_rows_goes_on_to_the_next(tmp_path: Path) -> None:
+    """RELEX was added to it only now."""
+    callback, workers = started(tmp_path, step=CUT)
+    assert callback.active
+    assert not callback.wants_scores
+    assert callback.plan.t_cut == 2 * CUT
+    assert "relex_fit" not in workers.calls
+
+
 # The folder: see test_output
 
 
