@@ -3,10 +3,13 @@
 Commands stand in files by topic; each is a thin face of a function below `cli`.
 """
 
+import relex_verl.cli.environment  # noqa: F401  # before torch is loaded
+
+# isort: split
 import typer
 
-from relex_verl.baselines.commands import baseline_app
 from relex_verl.cli import planning, publishing, recording, stored, studies
+from relex_verl.cli.baselines import baseline_app
 
 __all__ = ["app"]
 

@@ -1,6 +1,8 @@
 """What the commands share: options, the console, bars, tables, and errors in one line."""
 
+import difflib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,26 +15,37 @@ from rich.table import Table
 
 from relex_verl.budget import BudgetError
 from relex_verl.extrapolators import METHODS
-from relex_verl.ingest import IngestError
+from relex_verl.ingest import Found, IngestError, find_checkpoints, find_revisions
 from relex_verl.trajectory import Trajectory, TrajectoryError
 
 __all__ = [
+    "AllowPickle",
     "AsJson",
+    "Checkpoints",
     "Cut",
+    "FitFrom",
+    "Hub",
     "OutFolder",
     "Rank",
+    "Revisions",
     "TrajectoryFolder",
+    "checkpoints_in",
     "clear_errors",
     "console",
     "element_bar",
+    "later_steps_of",
     "methods_of",
+    "notes",
     "print_json",
     "step_bar",
     "steps_of",
     "table_of",
+    "tensors_of",
 ]
 
-console = Console()
+# Into a file or a pipe, rich would assume 80 columns and cut names.
+console = Console(width=None if sys.stdout.isatty() else 1000)
+notes = Console(stderr=True, soft_wrap=True)  # what is no result: standard output may be JSON
 
 TrajectoryFolder = Annotated[
     Path,
@@ -42,10 +55,17 @@ OutFolder = Annotated[Path, typer.Option("--out", help="Where to write.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Rank = Annotated[int, typer.Option(min=1, help="Directions kept for each tensor; the paper uses 1.")]
 Cut = Annotated[int | None, typer.Option(help="Use the observed steps up to this one; all of them if not given.")]
+FitFrom = Annotated[int, typer.Option(min=0, help="First step that takes part in the fit: leaves a warm-up out.")]
+Checkpoints = Annotated[Path | None, typer.Option(help="Folder with global_step_5, step_5 or checkpoint-5 folders.")]
+Hub = Annotated[str | None, typer.Option(help="Instead: a Hub repository whose revisions are steps.")]
+Revisions = Annotated[str, typer.Option(help="How its revisions are named.")]
+AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Use *.bin and verl's *.pt files (weights_only=True).")
+]
 
 
 def steps_of(text: str, option: str) -> list[int]:
-    """Whole step numbers separated by commas; a range with `...` goes on as it began: 200,400,...,1000.
+    """Whole step numbers separated by commas; a range with `...` goes on as it began, or by 100: 200,400,...,1000.
 
     Raises:
         ValueError: anything else, naming the option.
@@ -68,6 +88,31 @@ def steps_of(text: str, option: str) -> list[int]:
     return sorted(set(steps))
 
 
+def later_steps_of(text: str, cut: int) -> list[int]:
+    """The steps of --target, all of them after the cut.
+
+    Raises:
+        ValueError: one that is not.
+    """
+    steps = steps_of(text, "--target")
+    if steps[0] <= cut:
+        raise ValueError(f"--target {steps[0]} is not after --t-cut {cut}: give later steps, or cut earlier")
+    return steps
+
+
+def checkpoints_in(checkpoints: Path | None, hub: str | None, revisions: str) -> tuple[list[Found], str]:
+    """The checkpoints in a folder or a Hub repository, and what to call the place they are in.
+
+    Raises:
+        IngestError: both or none are given, or none is there.
+    """
+    if checkpoints is not None and hub is None:
+        return find_checkpoints(checkpoints), str(checkpoints.resolve())
+    if hub is not None and checkpoints is None:
+        return find_revisions(hub, revisions), f"hub:{hub}"
+    raise IngestError("give either --checkpoints FOLDER or --hub REPO")
+
+
 def methods_of(text: str) -> list[str]:
     """Names in METHODS separated by commas.
 
@@ -79,6 +124,22 @@ def methods_of(text: str) -> list[str]:
         if method not in METHODS:
             raise ValueError(f"--method {method}: give one of {', '.join(METHODS)}")
     return methods
+
+
+def tensors_of(text: str, names: Sequence[str]) -> list[str]:
+    """Tensors separated by commas, each by its name or a part that no other name has.
+
+    Raises:
+        ValueError: no tensor, or several, are called so.
+    """
+    chosen = []
+    for part in (part.strip() for part in text.split(",")):
+        named = [part] if part in names else [name for name in names if part and part in name]
+        if len(named) != 1:
+            shown = ", ".join(named[:3] or difflib.get_close_matches(part, names, 3, 0.0))
+            raise ValueError(f"--tensor {part}: {len(named) or 'no'} tensors are called so, e.g. {shown}")
+        chosen += named
+    return chosen
 
 
 def print_json(content: Any) -> None:
@@ -114,7 +175,8 @@ def _cell(value: Any) -> str:
 @contextmanager
 def _bar(title: str, total: int) -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    screen = Console(stderr=True)
+    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
         task = progress.add_task(title, total=total)
         yield lambda amount=1, title=None: progress.update(task, advance=amount, description=title)
 
@@ -138,7 +200,7 @@ def clear_errors() -> Iterator[None]:
     """What a user can mend is said in one line; anything else is ours and keeps its traceback."""
     try:
         yield
-    except (TrajectoryError, IngestError, BudgetError, ValueError, OSError) as error:
+    except (TrajectoryError, IngestError, BudgetError, ValueError, OSError, ImportError) as error:
         said = " ".join(str(error).split())
-        Console(stderr=True, soft_wrap=True).print("error:", said, style=None, highlight=False, markup=False)
+        notes.print("error:", said, style=None, highlight=False, markup=False)
         raise typer.Exit(1) from None

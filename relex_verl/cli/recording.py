@@ -5,8 +5,20 @@ from typing import Annotated
 
 import typer
 
-from relex_verl.cli.common import AsJson, clear_errors, console, print_json, step_bar
-from relex_verl.ingest import Found, IngestError, Options, find_checkpoints, find_revisions, select_steps
+from relex_verl.cli.common import (
+    AllowPickle,
+    AsJson,
+    Checkpoints,
+    Hub,
+    Revisions,
+    checkpoints_in,
+    clear_errors,
+    console,
+    notes,
+    print_json,
+    step_bar,
+)
+from relex_verl.ingest import Options, recorded_steps, select_steps
 from relex_verl.ingest import ingest as ingest_checkpoints
 from relex_verl.observer import Observation
 from relex_verl.trajectory import step_ranges
@@ -17,21 +29,22 @@ __all__ = ["ingest"]
 def ingest(
     base: Annotated[str, typer.Option(help="Folder or Hub id of the model that the run started from.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the trajectory.")],
-    checkpoints: Annotated[
-        Path | None, typer.Option(help="Folder with global_step_5, step_5 or checkpoint-5 folders.")
-    ] = None,
-    hub: Annotated[str | None, typer.Option(help="Instead: a Hub repository whose revisions are steps.")] = None,
-    revisions: Annotated[str, typer.Option(help="How its revisions are named.")] = "step_{N}",
+    checkpoints: Checkpoints = None,
+    hub: Hub = None,
+    revisions: Revisions = "step_{N}",
     steps: Annotated[str | None, typer.Option(help="Which steps, e.g. 1-75 or 10,20,30; all if not given.")] = None,
     trajectory: Annotated[
         str, typer.Option(help="bf16, fp32, or auto: bf16 for bfloat16 checkpoints, fp32 for others.")
     ] = "auto",
-    quantization: Annotated[str, typer.Option(help="Of an fp32 trajectory: int8, int4, or none.")] = "int8",
-    allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Use *.bin and verl's *.pt files (weights_only=True).")
-    ] = False,
+    quantization: Annotated[
+        str,
+        typer.Option(
+            help="Of an fp32 trajectory: int8, int4, none, or auto: none for what `relex-verl checkout` wrote, else int8."
+        ),
+    ] = "auto",
+    allow_pickle: AllowPickle = False,
     any_base: Annotated[
-        bool, typer.Option("--any-base", help="Accept a base whose weights lie far from the checkpoints.")
+        bool, typer.Option("--any-base", help="Accept a base that lies over 3 % away from the first checkpoint.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -42,12 +55,15 @@ def ingest(
     the last step. Then: info, diagnose, extrapolate.
     """
     with clear_errors():
-        found, source = _find(checkpoints, hub, revisions)
-        found = select_steps(found, steps)
         options = Options(trajectory, quantization, allow_pickle, any_base)
+        found, source = checkpoints_in(checkpoints, hub, revisions)
+        found = select_steps(found, steps)
+        new = {one.step for one in found} - set(recorded_steps(out))
         changed: dict[int, float] = {}
+        if new and any(one.kind == "verl" for one in found):
+            notes.print("note: verl's merger rounds the shards to bfloat16, whatever they hold", highlight=False)
 
-        with step_bar("reading headers", len(found)) as advance:
+        with step_bar("reading headers", len(new)) as advance:
 
             def progress(seen: Observation) -> None:
                 changed[seen.step] = seen.changed_share
@@ -61,12 +77,3 @@ def ingest(
     added = f"{len(changed)} added" if len(changed) < len(recorded.steps) else "all new"
     said = f"steps {step_ranges(recorded.steps)} ({added}), {recorded.index.encoding}: {out}"
     console.print(said, highlight=False, soft_wrap=True)
-
-
-def _find(checkpoints: Path | None, hub: str | None, revisions: str) -> tuple[list[Found], str]:
-    """The checkpoints, and what to call the place they are in."""
-    if checkpoints is not None and hub is None:
-        return find_checkpoints(checkpoints), str(checkpoints.resolve())
-    if hub is not None and checkpoints is None:
-        return find_revisions(hub, revisions), f"hub:{hub}"
-    raise IngestError("give either --checkpoints FOLDER or --hub REPO")

@@ -9,15 +9,16 @@ from relex_verl import analysis, replay, tracking
 from relex_verl import prediction as predicting
 from relex_verl.cli.common import (
     AsJson,
+    FitFrom,
     OutFolder,
     Rank,
     TrajectoryFolder,
     clear_errors,
     console,
     element_bar,
+    later_steps_of,
     methods_of,
     print_json,
-    steps_of,
     table_of,
 )
 from relex_verl.diagnostics import describe, random_walk_gram, summary
@@ -32,9 +33,8 @@ def info(trajectory: TrajectoryFolder, as_json: AsJson = False) -> None:
     """Show what a trajectory holds and how straight it is, beside what a pure random walk would show."""
     with clear_errors():
         opened = Trajectory(trajectory)
-        steps = opened.steps_until(None)
-        gram_LTT = replay.gram(opened)
-        figures = {name: summary(values) for name, values in describe(gram_LTT, steps).items()}
+        steps, gram_LTT, energy_L = analysis.window(opened)
+        figures = {name: summary(values) for name, values in describe(gram_LTT, steps, energy_L=energy_L).items()}
         null = {name: values.item() for name, values in describe(random_walk_gram(steps), steps).items()}
         size = sum(path.stat().st_size for path in trajectory.rglob("*") if path.is_file())
     facts: dict[str, Any] = {
@@ -77,7 +77,7 @@ def checkout(
         opened = Trajectory(trajectory)
         error = replay.error_bound(opened, step)
         provenance = {"base_model": opened.index.base_model, "step": step, "max_error": error}
-        provenance |= {"trajectory": str(trajectory), "versions": tracking.versions()}
+        provenance |= {"trajectory": str(trajectory.resolve()), "versions": tracking.versions()}
         with element_bar(opened, f"step {step}") as advance:
             write_checkpoint(opened, replay.states(opened, step), out, provenance, opened.encoding.dtype, advance)
     if as_json:
@@ -94,7 +94,7 @@ def extrapolate(
     out: OutFolder,
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}, or several with commas.")] = "relex",
     rank: Rank = 1,
-    fit_from: Annotated[int, typer.Option(min=0, help="First step that takes part in the fit.")] = 1,
+    fit_from: FitFrom = 1,
     as_json: AsJson = False,
 ) -> None:
     """Predict checkpoints from the steps up to a cut, from the trajectory alone: OUT/<method>-step_<N>/.
@@ -104,20 +104,18 @@ def extrapolate(
     written = []
     with clear_errors():
         opened = Trajectory(trajectory)
-        steps = opened.steps_until(t_cut)
-        targets = steps_of(target, "--target")
-        if targets[0] <= t_cut:
-            raise ValueError(f"--target {targets[0]} is not after --t-cut {t_cut}: give later steps, or cut earlier")
+        steps = analysis.observed_until(opened, t_cut)
+        targets = later_steps_of(target, t_cut)
         for one in methods_of(method):
             for step in targets:
                 prediction = Prediction(one, step, rank, fit_from)
-                provenance = tracking.provenance(opened.index.base_model, prediction, t_cut, steps, trajectory)
+                facts = tracking.provenance(opened.index.base_model, prediction, t_cut, steps, trajectory.resolve())
                 folder = out / prediction.folder_name
-                out.mkdir(parents=True, exist_ok=True)
                 with element_bar(opened, prediction.folder_name) as advance:
                     shards = predicting.extrapolate(opened, t_cut, prediction)
-                    write_checkpoint(opened, shards, folder, provenance, progress=advance)
-                written.append({"path": str(folder), "method": one, "rank": rank, "t_cut": t_cut, "target": step})
+                    analysis.write_prediction(opened, shards, folder, facts, advance)
+                row = {"path": str(folder), "method": one, "rank": rank, "fit_from": fit_from}
+                written.append({**row, "t_cut": t_cut, "target": step})
                 if not as_json:
                     console.print(f"{prediction.folder_name}: {folder}", highlight=False, soft_wrap=True)
     if as_json:
@@ -139,10 +137,10 @@ def reconstruct(
     """
     with clear_errors():
         opened = Trajectory(trajectory)
-        observed = opened.steps_until(t_cut)
+        observed = analysis.observed_until(opened, t_cut)
         provenance = {"base_model": opened.index.base_model, "method": "reconstruction", "rank": rank, "step": step}
         provenance |= {"t_cut": observed[-1], "target": step, "observed_steps": observed}
-        provenance |= {"trajectory": str(trajectory), "versions": tracking.versions()}
+        provenance |= {"trajectory": str(trajectory.resolve()), "versions": tracking.versions()}
         shards = analysis.reconstruct(opened, step, rank, t_cut)
         with element_bar(opened, f"rank {rank}, step {step}") as advance:
             write_checkpoint(opened, shards, Path(out), provenance, progress=advance)

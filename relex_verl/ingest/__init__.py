@@ -1,26 +1,36 @@
 """A finished run becomes a trajectory: one pass over its checkpoints, through the same `Observer` as a running training.
 
-The trajectory is that of a one-rank run which observed the same steps, bit for bit. An interrupted pass goes on after the
-last committed step.
+The trajectory is that of a one-rank run which observed the same steps. Checkouts of a run's own steps give back its Gram
+matrix and its predictions: of a bf16 trajectory the same increments, bit for bit, and G up to the order of summation (the
+ranks add up their parts); of an fp32 trajectory float32 states without any further loss, so G up to the rounding of float32
+and at least 99.99 % of the predicted bfloat16 weights. An interrupted pass goes on after the last committed step.
 """
 
-import errno
+import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from relex_verl.collectors import RowCollector
 from relex_verl.encodings import encoding_name
-from relex_verl.hf_checkpoint import BaseCheckpoint, resolve_model
-from relex_verl.ingest.checkpoints import Found, IngestError, find_checkpoints, find_revisions, select_steps
-from relex_verl.ingest.layout import CheckpointSource, Layout, check_same_origin, open_checkpoint
+from relex_verl.hf_checkpoint import resolve_model
+from relex_verl.ingest.checkpoints import (
+    Found,
+    IngestError,
+    find_checkpoints,
+    find_revisions,
+    is_full,
+    select_steps,
+    within,
+)
+from relex_verl.ingest.layout import Checkpoint, CheckpointSource, Layout, check_same_origin, check_tied
 from relex_verl.observer import Observation, Observer
 from relex_verl.trajectory import Trajectory, step_ranges
 
 __all__ = [
+    "Checkpoint",
     "CheckpointSource",
     "Found",
     "IngestError",
@@ -28,8 +38,13 @@ __all__ = [
     "find_checkpoints",
     "find_revisions",
     "ingest",
+    "recorded_steps",
     "select_steps",
+    "within",
 ]
+
+TRAJECTORIES = ("auto", "bf16", "fp32")
+QUANTIZATIONS = ("auto", "int8", "int4", "none")
 
 
 @dataclass(frozen=True)
@@ -38,15 +53,54 @@ class Options:
 
     Attributes:
         trajectory: "bf16", "fp32", or "auto": bf16 where all checkpoints are bfloat16, else fp32, so that nothing is lost.
-        quantization: of fp32: "int8", "int4" or "none".
+        quantization: of fp32: "int8", "int4", "none", or "auto": none for what `relex-verl checkout` wrote (it has been
+            quantised once), else int8.
         allow_pickle: use checkpoints that need unpickling.
         any_base: do not compare the weights of the first checkpoint with those of the base.
+
+    Raises:
+        IngestError: another trajectory or quantization.
     """
 
     trajectory: str = "auto"
-    quantization: str = "int8"
+    quantization: str = "auto"
     allow_pickle: bool = False
     any_base: bool = False
+
+    def __post_init__(self) -> None:
+        for option, value, known in (
+            ("--trajectory", self.trajectory, TRAJECTORIES),
+            ("--quantization", self.quantization, QUANTIZATIONS),
+        ):
+            if value not in known:
+                raise IngestError(f"{option} {value}: give one of {', '.join(known)}")
+
+    def encoding(self, layout: Layout, checkpoint: Path, begun: str | None) -> str:
+        """The encoding for checkpoints of this layout, of which one is given; `begun` is that of the steps before them.
+
+        Raises:
+            IngestError: they would be rounded because those before them were bfloat16.
+        """
+        trajectory, quantization = self.trajectory, self.quantization
+        if begun == "bf16" and trajectory == "auto" and not layout.exact_in_bf16:
+            raise IngestError(
+                "the steps recorded before are bfloat16, these checkpoints are not: checkpoints of one run must have one "
+                "type; convert them, leave some out with --steps, or round them with --trajectory bf16"
+            )
+        if begun is not None:
+            return begun
+        if trajectory == "auto":
+            trajectory = "bf16" if layout.exact_in_bf16 else "fp32"
+        if quantization == "auto":
+            quantization = "none" if _is_checkout(checkpoint) else "int8"
+        return encoding_name(trajectory, quantization)
+
+    def allow(self, encoding: str) -> bool:
+        """Whether a trajectory that was begun in this encoding may be gone on with."""
+        trajectory, _, quantization = encoding.partition("-")
+        return self.trajectory in ("auto", trajectory) and (
+            trajectory == "bf16" or self.quantization in ("auto", quantization)
+        )
 
 
 def ingest(
@@ -59,6 +113,8 @@ def ingest(
 ) -> Trajectory:
     """Record the checkpoints as a trajectory, or go on with one that an earlier call began.
 
+    Every checkpoint that is still to be recorded is opened (merged, downloaded) once; of all others only headers are read.
+
     Args:
         base_model: folder or Hub id of the model that the run started from.
         found: the checkpoints, ascending steps.
@@ -70,36 +126,53 @@ def ingest(
     Raises:
         IngestError: a checkpoint that cannot be used, another trajectory in `out`, or no space left. Committed steps stay;
             without any, `out` is as it was before.
+        FileNotFoundError: no base model.
     """
     if Path(base_model).is_dir():
         base_model = str(Path(base_model).resolve())
-    base = open_checkpoint(resolve_model(base_model))
-    layout = _common_layout(base, found, options)
-    encoding = _encoding(layout, options)
-    done = _committed(out, base_model, source, encoding)
-    todo = _still_to_do(found, done, out)
-    existed = out.exists()
-    observer = Observer(out, base_model, layout.aliases, {"ingested_from": source}, encoding)
-    try:
-        observer.start(CheckpointSource(base.folder, layout.shapes))
-        observer.open(done[-1] if done else 0)
-        _keep_on_disk(observer)
-        for one in todo:
-            progress(_observe(observer, one, layout, options))
-    except BaseException as error:
-        if not observer.steps and not existed:
-            shutil.rmtree(out, ignore_errors=True)
-        raise _in_words(error, observer.steps, out) from error
+    begun = _begun(out, base_model, source, options)
+    todo = _still_to_do(found, begun.steps if begun else [], out)
+    if begun and not todo:
+        return begun
+    # Temporary copies lie beside the trajectory: there is room for checkpoints where a run's results go, rarely in /tmp.
+    workspace = next(folder for folder in out.resolve().parents if folder.is_dir())
+    with ExitStack() as opened:
+        folder = opened.enter_context(todo[0].opened(options.allow_pickle, workspace))
+        base = Checkpoint(resolve_model(base_model))
+        layout = _common_layout(base, Checkpoint(folder, todo[0].called), found, todo[0], options)
+        encoding = options.encoding(layout, folder, begun.index.encoding if begun else None)
+        existed = out.exists()
+        observer = Observer(out, base_model, layout.aliases, {"ingested_from": source}, encoding)
+        try:
+            observer.start(CheckpointSource(base.folder, layout.shapes))
+            observer.open(begun.steps[-1] if begun else 0)
+            _keep_on_disk(observer)
+            for one in todo:
+                if one is not todo[0]:
+                    opened.close()  # of the step before
+                    folder = opened.enter_context(one.opened(options.allow_pickle, workspace))
+                progress(_observe(observer, one, Checkpoint(folder, one.called), layout))
+        except BaseException as error:
+            if not observer.steps:
+                shutil.rmtree(out, ignore_errors=True)
+                if existed:
+                    out.mkdir()
+            raise _in_words(error, observer.steps, out) from error
     return observer.trajectory
 
 
-def _observe(observer: Observer, one: Found, layout: Layout, options: Options) -> Observation:
-    with one.opened(options.allow_pickle) as folder:
-        layout.check(open_checkpoint(folder))
-        try:
-            observation = observer.observe(one.step, CheckpointSource(folder, layout.shapes))
-        except ValueError as error:
-            raise IngestError(f"step {one.step} ({one.place}): {error}") from error
+def recorded_steps(out: Path) -> list[int]:
+    """The steps that a trajectory holds already; none where there is no trajectory."""
+    return Trajectory(out).steps if (out / "index.json").exists() else []
+
+
+def _observe(observer: Observer, one: Found, checkpoint: Checkpoint, layout: Layout) -> Observation:
+    layout.check(checkpoint)
+    check_tied(checkpoint, layout.aliases)
+    try:
+        observation = observer.observe(one.step, CheckpointSource(checkpoint.folder, layout.shapes))
+    except ValueError as error:
+        raise IngestError(f"{one.called}: {error}") from error
     rows = observer.collector
     assert isinstance(rows, RowCollector)
     rows.packed[-1] = observer.trajectory.stored(0, one.step)  # type: ignore[call-overload]
@@ -114,58 +187,59 @@ def _keep_on_disk(observer: Observer) -> None:
     rows.packed = [observer.trajectory.stored(0, step) for step in observer.steps]  # type: ignore[misc]
 
 
-def _common_layout(base: BaseCheckpoint, found: Sequence[Found], options: Options) -> Layout:
-    """Check all that headers tell before anything is written; what must be merged or downloaded is checked in its turn."""
-    with found[0].opened(options.allow_pickle) as folder:
-        first = open_checkpoint(folder)
-        layout = Layout.of(base, first)
-        layout.check(first)
-        if not options.any_base:
-            check_same_origin(base, first, list(layout.shapes))
-    for one in found[1:]:
-        if one.kind == "safetensors":
-            layout.check(open_checkpoint(Path(one.place)))
-        elif one.kind != "hub" and not options.allow_pickle:
-            with one.opened():
-                pass
+def _common_layout(
+    base: Checkpoint, first: Checkpoint, found: Sequence[Found], opened: Found, options: Options
+) -> Layout:
+    """Check all that headers tell before anything is written; what must be merged or downloaded is checked in its turn.
+
+    Args:
+        base: the base model.
+        first: the first checkpoint that is to be recorded, opened.
+        found: all checkpoints.
+        opened: which of them is `first`.
+        options: how to ingest.
+    """
+    layout = Layout.of(base, first)
+    layout.check(first)
+    check_tied(base, layout.aliases)
+    if not options.any_base:
+        check_same_origin(base, first, list(layout.shapes))
+    for one in found:
+        one.check_allowed(options.allow_pickle)
+        if one.kind == "safetensors" and one is not opened:
+            layout.check(Checkpoint(Path(one.place), one.called))
     return layout
 
 
-def _encoding(layout: Layout, options: Options) -> str:
-    kinds = ("auto", "bf16", "fp32")
-    if options.trajectory not in kinds:
-        raise IngestError(f"--trajectory {options.trajectory}: give one of {', '.join(kinds)}")
-    if options.quantization not in ("int8", "int4", "none"):
-        raise IngestError(f"--quantization {options.quantization}: give one of int8, int4, none")
-    trajectory = options.trajectory
-    if trajectory == "auto":
-        trajectory = "bf16" if layout.exact_in_bf16 else "fp32"
-    return encoding_name(trajectory, options.quantization)
+def _is_checkout(folder: Path) -> bool:
+    """Whether `relex-verl checkout` wrote it: it alone says how far off its weights can be."""
+    path = folder / "relex.json"
+    return path.exists() and "max_error" in json.loads(path.read_text())
 
 
-def _committed(out: Path, base_model: str, source: str, encoding: str) -> list[int]:
-    """Steps that `out` holds already.
+def _begun(out: Path, base_model: str, source: str, options: Options) -> Trajectory | None:
+    """The trajectory that `out` holds already, if it holds a step.
 
     Raises:
         IngestError: it holds something else.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return []
+        return None
     if not (out / "index.json").exists():
         raise IngestError(f"--out {out} exists and is no trajectory: give a new folder")
-    index = Trajectory(out).index
-    here = {"base model": base_model, "checkpoints": source, "encoding": encoding}
-    there = {
-        "base model": index.base_model,
-        "checkpoints": index.run.get("ingested_from"),
-        "encoding": index.encoding,
+    there = Trajectory(out)
+    differing = {
+        "base model": (there.index.base_model, base_model),
+        "checkpoints": (there.index.run.get("ingested_from"), source),
     }
-    for key, value in here.items():
-        if there[key] != value:
+    for key, (theirs, ours) in differing.items():
+        if theirs != ours:
             raise IngestError(
-                f"--out {out} holds another trajectory ({key}: {there[key]!r} there, {value!r} here): give a new folder"
+                f"--out {out} holds another trajectory ({key}: {theirs!r} there, {ours!r} here): give a new folder"
             )
-    return list(index.windows[-1].steps)
+    if not options.allow(there.index.encoding):
+        raise IngestError(f"--out {out} holds another trajectory (encoding {there.index.encoding}): give a new folder")
+    return there if there.steps else None
 
 
 def _still_to_do(found: Sequence[Found], done: Sequence[int], out: Path) -> list[Found]:
@@ -181,8 +255,8 @@ def _still_to_do(found: Sequence[Found], done: Sequence[int], out: Path) -> list
 def _in_words(error: BaseException, steps: Sequence[int], out: Path) -> BaseException:
     """Out of space in words; everything with what is kept."""
     kept = f"; steps {step_ranges(steps)} are kept in {out}, run the same command again to go on" if steps else ""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    # safetensors reports a failed write as an error of its own, with the system's text in it.
-    if full or (isinstance(error, SafetensorError) and "No space left" in str(error)):
+    if isinstance(error, IngestError):
+        return IngestError(f"{error}{kept}")
+    if is_full(error):
         return IngestError(f"--out {out}: no space left on the device: make room{kept}")
-    return IngestError(f"{error}{kept}") if isinstance(error, IngestError) else error
+    return error

@@ -5,12 +5,14 @@ temporary folder), verl's FSDP shards (`model_world_size_*_rank_*.pt`, through v
 repository (downloaded, and deleted after use if it was not in the cache before).
 """
 
+import errno
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,9 +20,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-__all__ = ["Found", "IngestError", "find_checkpoints", "find_revisions", "select_steps"]
+from relex_verl.hf_checkpoint import BaseCheckpoint
+
+__all__ = ["Found", "IngestError", "find_checkpoints", "find_revisions", "is_full", "select_steps", "within"]
 
 STEP_FOLDER = re.compile(r"(?:global_step|step|checkpoint|iter)[_-]?(\d+)")
 SHARD_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
@@ -47,23 +52,49 @@ class Found:
     kind: str
     place: str
 
+    @property
+    def called(self) -> str:
+        """What messages call it."""
+        return f"step {self.step} ({self.place})"
+
+    def check_allowed(self, allow_pickle: bool) -> None:
+        """Refuse to unpickle unasked.
+
+        Raises:
+            IngestError: it needs pickle and that is not allowed.
+        """
+        if self.kind in ("pickle", "verl") and not allow_pickle:
+            raise IngestError(
+                f"{self.called} is pickled, and unpickling can run code: add --allow-pickle if you trust these files "
+                "(they are loaded with weights_only=True), or convert them to safetensors"
+            )
+
     @contextmanager
-    def opened(self, allow_pickle: bool = False) -> Iterator[Path]:
+    def opened(self, allow_pickle: bool = False, workspace: Path | None = None) -> Iterator[Path]:
         """A folder of safetensors files with its weights, there until the block ends.
+
+        Args:
+            allow_pickle: use it even if it needs unpickling.
+            workspace: where a temporary copy goes, if there has to be one; the system's temporary folder for None.
 
         Raises:
             IngestError: it needs pickle and that is not allowed, is incomplete, or cannot be merged or downloaded.
         """
+        self.check_allowed(allow_pickle)
         if self.kind == "safetensors":
             yield Path(self.place)
             return
-        if self.kind in ("pickle", "verl") and not allow_pickle:
-            raise IngestError(
-                f"{self.place} is pickled, and unpickling can run code: add --allow-pickle if you trust these files "
-                "(they are loaded with weights_only=True), or convert them to safetensors"
-            )
-        with tempfile.TemporaryDirectory(prefix="relex-ingest-") as temporary:
-            yield {"pickle": _unpickle, "verl": _merge, "hub": _download}[self.kind](self.place, Path(temporary))
+        with tempfile.TemporaryDirectory(prefix=".relex-ingest-", dir=workspace) as temporary:
+            yield self._converted(Path(temporary))
+
+    def _converted(self, temporary: Path) -> Path:
+        try:
+            return {"pickle": _unpickle, "verl": _merge, "hub": _download}[self.kind](self.place, temporary)
+        except Exception as error:
+            if is_full(error):
+                cure = f"no space left for its temporary copy in {temporary.parent}: make room there"
+                raise IngestError(f"{self.called}: {cure}") from error
+            raise IngestError(f"{self.called}: {_first_line(error)}") from error
 
 
 def find_checkpoints(folder: Path) -> list[Found]:
@@ -132,15 +163,7 @@ def select_steps(found: Sequence[Found], steps: str | None) -> list[Found]:
     Raises:
         IngestError: `steps` cannot be read, nothing is left, or a chosen step folder holds no checkpoint.
     """
-    chosen = list(found)
-    if steps is not None:
-        ranges = []
-        for part in steps.split(","):
-            match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-            if match is None:
-                raise IngestError(f"--steps {steps}: give steps and ranges separated by commas, e.g. 1-75 or 10,20,30")
-            ranges.append((int(match.group(1)), int(match.group(2) or match.group(1))))
-        chosen = [one for one in found if any(low <= one.step <= high for low, high in ranges)]
+    chosen = [one for one in found if steps is None or within(steps)(one.step)]
     if not chosen:
         there = ", ".join(str(one.step) for one in found[:12]) or "none"
         raise IngestError(f"--steps {steps or 'all'} leaves no checkpoint; the steps found are {there}")
@@ -153,6 +176,21 @@ def select_steps(found: Sequence[Found], steps: str | None) -> list[Found]:
     return chosen
 
 
+def within(steps: str) -> Callable[[int], bool]:
+    """Whether a step is among `steps`, e.g. "1-75,80".
+
+    Raises:
+        IngestError: `steps` cannot be read.
+    """
+    ranges = []
+    for part in steps.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None:
+            raise IngestError(f"--steps {steps}: give steps and ranges separated by commas, e.g. 1-75 or 10,20,30")
+        ranges.append((int(match.group(1)), int(match.group(2) or match.group(1))))
+    return lambda step: any(low <= step <= high for low, high in ranges)
+
+
 def _check_once(places: Sequence[tuple[int, str]]) -> None:
     for (step, place), (next_step, next_place) in pairwise(places):
         if step == next_step:
@@ -162,9 +200,15 @@ def _check_once(places: Sequence[tuple[int, str]]) -> None:
 def _unpickle(place: str, temporary: Path) -> Path:
     for path in sorted(Path(place).glob("pytorch_model*.bin")):
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            # Files of before torch 1.6 are no zip archives, and cannot be mapped.
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except Exception as error:
-            raise IngestError(f"{path} cannot be loaded with weights_only=True: {_first_line(error)}") from error
+            raise IngestError(f"{path.name} cannot be loaded with weights_only=True: {_first_line(error)}") from error
+        if not isinstance(state, Mapping):
+            raise IngestError(f"{path.name} holds no named tensors but a {type(state).__name__}")
+        for name, tensor in state.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise IngestError(f"{path.name}: {name} is no tensor but a {type(tensor).__name__}")
         # Clones: safetensors refuses tensors that share memory.
         tensors = {name: tensor.clone().contiguous() for name, tensor in state.items()}
         save_file(tensors, temporary / f"{path.stem}.safetensors", {"format": "pt"})
@@ -172,20 +216,23 @@ def _unpickle(place: str, temporary: Path) -> Path:
 
 
 def _merge(place: str, temporary: Path) -> Path:
-    """verl's merger writes bfloat16, whatever the shards hold; it says so nowhere, so the README does."""
+    """verl's merger writes bfloat16, whatever the shards hold; it does not say so, hence the command does."""
     if find_spec("verl") is None:
-        raise IngestError(f"{place} holds verl's shards, which verl merges: pip install 'relex-verl[verl]'")
-    ranks = {
-        (int(match.group(1)), int(match.group(2)))
+        raise IngestError("these are verl's shards, which verl merges: pip install 'relex-verl[verl]'")
+    shards = {
+        (int(match.group(1)), int(match.group(2))): path
         for path in Path(place).iterdir()
         if (match := SHARD_FILE.fullmatch(path.name))
     }
-    size = max(world for world, _ in ranks)
-    missing = [rank for rank in range(size) if (size, rank) not in ranks]
+    size = max(world for world, _ in shards)
+    missing = [rank for rank in range(size) if (size, rank) not in shards]
     if missing:
         raise IngestError(
-            f"{place}: shards of ranks {missing} of {size} are missing; copy them there, or use --steps to leave it out"
+            f"shards of ranks {missing} of {size} are missing; copy them there, or use --steps to leave it out"
         )
+    for (world, _), path in shards.items():
+        if world == size and not zipfile.is_zipfile(path):  # verl's own error names no file
+            raise IngestError(f"{path.name} is truncated or damaged: copy it again, or leave the step out")
     command = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp"]
     command += ["--local_dir", place, "--target_dir", str(temporary), "--use_cpu_initialization"]
     # torch's own switch: overrules the weights_only=False in the merger.
@@ -193,7 +240,7 @@ def _merge(place: str, temporary: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode or not any(temporary.glob("*.safetensors")):
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
-        raise IngestError(f"{place}: verl's model merger failed: {lines[-1].strip()}")
+        raise IngestError(f"verl's model merger failed: {lines[-1].strip()}")
     return temporary
 
 
@@ -203,16 +250,22 @@ def _download(place: str, temporary: Path) -> Path:
 
     repo, revision = place.rsplit("@", 1)
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES, local_files_only=True))
-    except LocalEntryNotFoundError:
+        cached = Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES, local_files_only=True))
+        BaseCheckpoint(cached)  # somebody may have fetched its config alone
+        return cached
+    except (LocalEntryNotFoundError, FileNotFoundError, SafetensorError):
         pass
-    try:
-        snapshot_download(
-            repo, revision=revision, allow_patterns=HUB_FILES, local_dir=temporary, endpoint=_endpoint(), max_workers=2
-        )
-    except Exception as error:
-        raise IngestError(f"{place} cannot be downloaded: {_first_line(error)}") from error
+    snapshot_download(
+        repo, revision=revision, allow_patterns=HUB_FILES, local_dir=temporary, endpoint=_endpoint(), max_workers=2
+    )
     return temporary
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a disk is full; libraries and subprocesses wrap the system's error in their own."""
+    return (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or (
+        "No space left on device" in str(error)
+    )
 
 
 def _endpoint() -> str | None:

@@ -1,48 +1,62 @@
 """What the checkpoints of one run have in common with their base: names, shapes, types and tied tensors, from headers."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from relex_verl.hf_checkpoint import INDEX_NAME, BaseCheckpoint
 from relex_verl.ingest.checkpoints import IngestError
 from relex_verl.shards import TensorShard, whole
 
-__all__ = ["CheckpointSource", "Layout", "check_same_origin", "open_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointSource", "Layout", "check_same_origin", "check_tied"]
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 TIED = "lm_head.weight"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 # Bytes read before the files are mapped anew, so that their pages do not pile up in this process's memory.
 RELEASE = 128 * 2**20
-# An RL run moves weights by 1e-4 to 1e-2 of their norm; two models of one architecture differ by about 1.
-FAR = 0.3
+AHEAD = 256 * 2**20  # bytes of a file that are asked for before they are read
+PIECE = 2**20  # at a time: Linux cuts a larger request down to what its device takes
+# An RL run moves weights by 1e-4 to 1e-2 of their norm. What lies further away needs somebody who vouches for it.
+FAR = 0.03
 SAMPLE = 2**22  # elements of each of the SAMPLED largest tensors
 SAMPLED = 8
 
 
-def open_checkpoint(folder: Path) -> BaseCheckpoint:
-    """Open a checkpoint and check that it is complete.
+class Checkpoint(BaseCheckpoint):
+    """A checkpoint that is complete.
 
-    Raises:
-        IngestError: a file or tensor is missing, a file is truncated, or there is none.
+    Attributes:
+        called: what messages call it: its folder may be a temporary one.
     """
-    try:
-        checkpoint = BaseCheckpoint(folder)
-    except FileNotFoundError as error:
-        raise IngestError(f"{folder}: a file is missing: {error}") from error
-    except (SafetensorError, ValueError, OSError) as error:
-        raise IngestError(f"{folder} is truncated or damaged ({error}): copy it again, or leave it out") from error
-    if (folder / INDEX_NAME).exists():
-        listed = json.loads((folder / INDEX_NAME).read_text())["weight_map"]
-        lost = sorted(set(listed) - set(checkpoint.entries))
-        if lost:
-            raise IngestError(f"{folder}: {INDEX_NAME} lists {lost[0]}, which {listed[lost[0]]} does not hold")
-    return checkpoint
+
+    def __init__(self, folder: Path, called: str = "") -> None:
+        """Read the headers only.
+
+        Raises:
+            IngestError: a file or tensor is missing, a file is truncated, or there is none.
+        """
+        self.called = called or str(folder)
+        try:
+            super().__init__(folder)
+        except (SafetensorError, ValueError, OSError) as error:
+            said = str(error).replace(f"{folder}/", "")
+            if isinstance(error, FileNotFoundError):
+                raise IngestError(f"{self.called}: a file is missing: {said}") from error
+            raise IngestError(
+                f"{self.called} is truncated or damaged ({said}): copy it again, or leave it out"
+            ) from error
+        if (folder / INDEX_NAME).exists():
+            listed = json.loads((folder / INDEX_NAME).read_text())["weight_map"]
+            lost = sorted(set(listed) - set(self.entries))
+            if lost:
+                raise IngestError(f"{self.called}: {INDEX_NAME} lists {lost[0]}, which {listed[lost[0]]} does not hold")
 
 
 @dataclass(frozen=True)
@@ -60,7 +74,7 @@ class Layout:
     aliases: dict[str, str]
 
     @classmethod
-    def of(cls, base: BaseCheckpoint, first: BaseCheckpoint) -> "Layout":
+    def of(cls, base: Checkpoint, first: Checkpoint) -> "Layout":
         """From the base and the run's first checkpoint.
 
         Raises:
@@ -82,7 +96,7 @@ class Layout:
         """Parameters of the observed tensors."""
         return sum(prod(shape) for shape in self.shapes.values())
 
-    def check(self, checkpoint: BaseCheckpoint) -> None:
+    def check(self, checkpoint: Checkpoint) -> None:
         """Compare another checkpoint with this layout.
 
         Raises:
@@ -91,15 +105,15 @@ class Layout:
         for name, shape in self.shapes.items():
             entry = checkpoint.entries.get(name)
             if entry is None:
-                raise IngestError(f"{checkpoint.folder} lacks {name}: it is incomplete, or of another model")
+                raise IngestError(f"{checkpoint.called} lacks {name}: it is incomplete, or of another model")
             if entry.shape != shape:
                 raise IngestError(
-                    f"{checkpoint.folder}: {name} has shape {list(entry.shape)}, the base model {list(shape)}: "
+                    f"{checkpoint.called}: {name} has shape {list(entry.shape)}, the base model {list(shape)}: "
                     "give the --base that this run started from"
                 )
             if entry.dtype != self.dtypes[name]:
                 raise IngestError(
-                    f"{checkpoint.folder}: {name} is {entry.dtype}, in the first checkpoint {self.dtypes[name]}: "
+                    f"{checkpoint.called}: {name} is {entry.dtype}, in the first checkpoint {self.dtypes[name]}: "
                     "checkpoints of one run must have one type; convert them, or leave some out with --steps"
                 )
 
@@ -113,41 +127,79 @@ def _tied(base: BaseCheckpoint) -> dict[str, str]:
     return {TIED: embeddings[0]} if len(embeddings) == 1 else {}
 
 
-def _check_names(wanted: set[str], there: set[str], base: BaseCheckpoint, first: BaseCheckpoint) -> None:
+def check_tied(checkpoint: Checkpoint, aliases: Mapping[str, str]) -> None:
+    """Tied names are recorded once: where a checkpoint stores both, they must be the same.
+
+    Raises:
+        IngestError: they differ.
+    """
+    for alias, name in aliases.items():
+        if alias in checkpoint.entries and not torch.equal(checkpoint.read(alias), checkpoint.read(name)):
+            raise IngestError(
+                f"{checkpoint.called}: {alias} differs from {name}, although config.json of the base ties them: set "
+                "tie_word_embeddings to false there if they are two tensors"
+            )
+
+
+def _check_names(wanted: set[str], there: set[str], base: Checkpoint, first: Checkpoint) -> None:
     missing, unknown = sorted(wanted - there), sorted(there - set(base.entries))
     if missing or unknown:
         said = [f"lacks {missing[0]} of the base"] if missing else []
         said += [f"holds {unknown[0]}, which the base does not"] if unknown else []
         raise IngestError(
-            f"{first.folder} {' and '.join(said)} ({len(missing) + len(unknown)} such tensors): "
+            f"{first.called} {' and '.join(said)} ({len(missing) + len(unknown)} such tensors): "
             f"{base.folder} is not the model that this run started from"
         )
 
 
 class CheckpointSource:
-    """One checkpoint as a `ShardSource`: whole tensors, one at a time, memory-mapped."""
+    """One checkpoint as a `ShardSource`: whole tensors, one at a time, memory-mapped, read from disk ahead of their use."""
 
     def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.folder, self.shapes = folder, shapes
 
     def __iter__(self) -> Iterator[TensorShard]:
-        checkpoint, mapped = open_checkpoint(self.folder), 0
+        checkpoint, mapped = BaseCheckpoint(self.folder), 0
+        ahead = _ReadAhead()
         for name, shape in self.shapes.items():
             data = checkpoint.read(name).flatten()
+            ahead.use(self.folder / checkpoint.entries[name].file, data.nbytes)
             mapped += data.nbytes
             yield TensorShard(name, shape, whole(shape), data)
             if mapped > RELEASE:
-                checkpoint, mapped = open_checkpoint(self.folder), 0
+                checkpoint, mapped = BaseCheckpoint(self.folder), 0
 
 
-def check_same_origin(base: BaseCheckpoint, checkpoint: BaseCheckpoint, names: Sequence[str]) -> None:
+class _ReadAhead:
+    """Asks the system for what comes next in a file, so that the disk works while we compute.
+
+    Only a hint: files hold their tensors nearly in the order of their names, in which we read them.
+    """
+
+    def __init__(self) -> None:
+        self._used: dict[Path, int] = {}  # file -> bytes that were read
+        self._asked: dict[Path, int] = {}
+
+    def use(self, file: Path, size: int) -> None:
+        """So many bytes of this file are being read."""
+        self._used[file] = self._used.get(file, 0) + size
+        asked, wanted = self._asked.get(file, 0), self._used[file] + AHEAD
+        if wanted - asked < AHEAD // 2:
+            return
+        self._asked[file] = wanted
+        with open(file, "rb") as stream:
+            for at in range(asked, min(wanted, os.fstat(stream.fileno()).st_size), PIECE):
+                os.posix_fadvise(stream.fileno(), at, PIECE, os.POSIX_FADV_WILLNEED)
+
+
+def check_same_origin(base: Checkpoint, checkpoint: Checkpoint, names: Sequence[str]) -> None:
     """Refuse a base of the same architecture that this run did not start from, by how far the weights lie apart.
 
     Args:
         names: of the tensors in both; the largest are sampled.
 
     Raises:
-        IngestError: |theta - theta_0| > 0.3 |theta_0| over the sample.
+        IngestError: |theta - theta_0| > 0.03 |theta_0| over the sample.
     """
     largest = sorted(names, key=lambda name: -prod(base.entries[name].shape))[:SAMPLED]
     apart, norm = 0.0, 0.0
@@ -157,7 +209,6 @@ def check_same_origin(base: BaseCheckpoint, checkpoint: BaseCheckpoint, names: S
         norm += float(origin.square().sum())
     if norm and apart > FAR**2 * norm:
         raise IngestError(
-            f"{checkpoint.folder} lies {(apart / norm) ** 0.5:.2f} |theta_0| away from {base.folder}; "
-            "reinforcement learning moves weights by 0.0001 to 0.01: give the --base that this run started from "
-            "(or --any-base if it is)"
+            f"{checkpoint.called} lies {(apart / norm) ** 0.5:.2g} |theta_0| away from {base.called}; reinforcement "
+            "learning moves weights by 0.0001 to 0.01: give the --base that this run started from (or --any-base if it is)"
         )

@@ -1,3 +1,4 @@
+import errno
 import json
 import subprocess
 import sys
@@ -12,9 +13,9 @@ from typer.testing import CliRunner
 
 from relex_verl.baselines.alpharl import alpharl
 from relex_verl.baselines.coefficient_transformer import TransformerSettings, transformer_tensors
-from relex_verl.baselines.commands import baseline_app
 from relex_verl.baselines.next_extrapolation import NextSettings, fit_next, next_tensors
 from relex_verl.baselines.weight_extrapolation import weight_extrapolation
+from relex_verl.cli.baselines import baseline_app
 from relex_verl.observer import Observer
 from relex_verl.shards import TensorShard, whole
 from relex_verl.trajectory import Trajectory
@@ -82,9 +83,15 @@ def test_weight_extrapolation(trajectory, tmp_path):
     result = run(
         "weight-extrapolation", trajectory.folder, "--t-cut", 6, "--target", 9, "--no-copy-norms", "--out", tmp_path
     )
+    assert result.exit_code == 1
+    assert "holds another prediction (settings" in " ".join(result.output.split())
+    out = tmp_path / "plain"
+    result = run(
+        "weight-extrapolation", trajectory.folder, "--t-cut", 6, "--target", "9,...,9", "--no-copy-norms", "--out", out
+    )
     assert result.exit_code == 0, result.output
     plain = by_name(weight_extrapolation(trajectory, 6, 9, copy_norms=False))
-    check(tmp_path / "weight-extrapolation-step_9", plain, "weight-extrapolation")
+    check(out / "weight-extrapolation-step_9", plain, "weight-extrapolation")
 
 
 def test_transformer(trajectory, tmp_path):
@@ -95,14 +102,16 @@ def test_transformer(trajectory, tmp_path):
 
 
 def test_alpharl(trajectory, scores, tmp_path):
-    arguments = ["alpharl", trajectory.folder, "--t-cut", 6, "--scores", scores, "--out", tmp_path]
-    result = run(*arguments, "--wanted", "0.5,0.8")
+    arguments = ["alpharl", trajectory.folder, "--t-cut", 6, "--scores", scores]
+    result = run(*arguments, "--wanted", "0.5,0.8", "--out", tmp_path, "--json")
     assert result.exit_code == 0, result.output
+    written = json.loads(result.stdout)["predictions"]
+    assert [row["path"] for row in written] == [str(tmp_path / f"alpharl-score_{score}") for score in (0.5, 0.8)]
     by_step = {2: 0.2, 4: 0.25, 6: 0.4}
     for wanted in (0.5, 0.8):
         check(tmp_path / f"alpharl-score_{wanted}", by_name(alpharl(trajectory, 6, by_step, wanted)), "alpharl")
-    assert run(*arguments, "--wanted", "0.5", "--add-to", "last").exit_code == 0
-    check(tmp_path / "alpharl-score_0.5", by_name(alpharl(trajectory, 6, by_step, 0.5, "last")), "alpharl")
+    assert run(*arguments, "--wanted", "0.5", "--add-to", "last", "--out", tmp_path / "last").exit_code == 0
+    check(tmp_path / "last/alpharl-score_0.5", by_name(alpharl(trajectory, 6, by_step, 0.5, "last")), "alpharl")
 
 
 def test_next(trajectory, tmp_path):
@@ -118,7 +127,8 @@ def test_next(trajectory, tmp_path):
     ("arguments", "says"),
     [
         (["transformer", "--t-cut", "6", "--target", "6"], "not after --t-cut"),
-        (["transformer", "--t-cut", "6", "--target", "x"], "numbers separated by commas"),
+        (["transformer", "--t-cut", "6", "--target", "x"], "whole step numbers separated by commas"),
+        (["next", "--t-cut", "6", "--coefficient", "x"], "numbers separated by commas"),
         (["transformer", "--t-cut", "2", "--target", "9"], "3 observed steps"),
         (["weight-extrapolation", "--t-cut", "6", "--target", "9", "--first", "8"], "later than the first"),
         (["next", "--t-cut", "6"], "needs step -4 besides"),
@@ -133,7 +143,19 @@ def test_what_a_user_can_mend_is_said_in_a_line(trajectory, tmp_path, arguments,
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_a_full_disk_is_one_line_and_leaves_nothing(trajectory, tmp_path, monkeypatch):
+    def full(descriptor, offset, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    result = run("weight-extrapolation", trajectory.folder, "--t-cut", 6, "--target", 9, "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_importing_the_commands_loads_neither_scikit_learn_nor_transformers():
-    code = "import sys, relex_verl.baselines.commands; print('sklearn' in sys.modules, 'transformers' in sys.modules)"
+    code = "import sys, relex_verl.cli.baselines; print('sklearn' in sys.modules, 'transformers' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert found.split() == ["False", "False"]
