@@ -2,3 +2,13 @@
 
 What each needs, costs and gives, and where it differs from its authors' code, stands in README.md beside this file.
 """
+
+__all__ = ["SOURCES"]
+
+# Name in `relex.json` -> where it comes from, as in `extrapolators.METHODS`.
+SOURCES = {
+    "weight-extrapolation": "Wang et al. 2026, Weight Extrapolation, arXiv:2601.04537",
+    "transformer": "Wei et al. 2026, Table 2, arXiv:2605.21468",
+    "alpharl": "Cai et al. 2026, AlphaRL, arXiv:2510.00553",
+    "next": "Chen et al. 2026, NExt, arXiv:2604.11446",
+}
