@@ -8,18 +8,16 @@ from typing import Any
 
 
 def one(model: str, label: str | None) -> tuple[str, str, dict[str, Any]]:
-    """A Hub id or a folder; a predicted checkpoint says in its relex.json what it is."""
+    """A Hub id or a folder; what relex-verl wrote says in its relex.json what it is."""
     folder = Path(model).expanduser()
-    facts: dict[str, Any] = {"method": label or folder.name, "t_cut": None, "target": None}
+    facts: dict[str, Any] = {"method": folder.name, "t_cut": None, "target": None}
     path = str(folder.absolute()) if folder.is_dir() else model
     if (folder / "relex.json").is_file():
         provenance = json.loads((folder / "relex.json").read_text())
-        facts = {
-            "method": label or provenance["method"],
-            "t_cut": provenance["t_cut"],
-            "target": provenance["target"],
-        }
-    return _name(label or folder.name), path, {**facts, "model": path}
+        facts |= {key: provenance[key] for key in facts if key in provenance}
+        if "method" not in provenance:  # `relex-verl checkout`: weights that were trained
+            facts["method"] = f"observed step {provenance.get('step')}"
+    return _name(label or folder.name), path, {**facts, "method": label or facts["method"], "model": path}
 
 
 def of_manifest(manifest: Path) -> list[tuple[str, str, dict[str, Any]]]:

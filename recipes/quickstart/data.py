@@ -23,10 +23,15 @@ def rows(pairs: list[tuple[int, int]]) -> list[dict]:
     ]
 
 
+def files(folder: Path) -> tuple[Path, Path]:
+    """Where `write` puts the training and the validation prompts."""
+    return folder / "train.parquet", folder / "val.parquet"
+
+
 def write(folder: Path) -> tuple[Path, Path]:
     """Write `train.parquet` and `val.parquet`; returns both paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = folder / "train.parquet", folder / "val.parquet"
+    paths = files(folder)
     for path, pairs in zip(paths, split(), strict=True):
         pd.DataFrame(rows(pairs)).to_parquet(path)
     return paths

@@ -5,7 +5,9 @@ with verl up to the cut, lets RELEX predict later checkpoints, and scores all of
 """
 
 import json
+import os
 import re
+import shlex
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -48,6 +50,7 @@ def main(
     out: Annotated[
         Path | None, typer.Option(help="Folder for everything the run writes. (outputs/quickstart-TIME)")
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print verl's command and leave.")] = False,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="After --: Hydra overrides for verl, for example relex.rank=2.")
     ] = None,
@@ -64,15 +67,28 @@ def main(
     resuming = any(text.lstrip("+").startswith("trainer.resume_mode=") for text in extra)
     if training.metrics_file(out).exists() and not resuming:
         raise typer.BadParameter(f"--out {out} holds another run: give another folder, or delete that one")
+    command = [sys.executable, "-m", "verl.trainer.main_ppo"]
+    command += training.overrides(schedule, BASE_MODEL, data.files(out / "data"), out, ranks, strategy) + extra
+    if dry_run:
+        typer.echo(_for_a_shell(command, training.environment(out)))
+        return
     try:
-        _run(schedule, out, ranks, strategy, extra)
+        _run(command, schedule, out)
     except PhaseFailed as failure:
         console.print(escape(failure.tail()), highlight=False)
         console.print(f"[red]{failure}[/red]; all of it: {failure.log}", highlight=False)
         raise typer.Exit(1) from None
 
 
-def _run(schedule: Schedule, out: Path, ranks: int, strategy: str, extra: list[str]) -> None:
+def _for_a_shell(command: list[str], environment: dict[str, str]) -> str:
+    """The command with what it needs of the environment, to be typed into this shell."""
+    words = ["env"]
+    words += [word for name in os.environ if name not in environment for word in ("-u", name)]
+    words += [f"{name}={value}" for name, value in environment.items() if os.environ.get(name) != value]
+    return shlex.join(words + command)
+
+
+def _run(command: list[str], schedule: Schedule, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     predicted = ", ".join(map(str, schedule.targets))
     console.print(
@@ -80,11 +96,9 @@ def _run(schedule: Schedule, out: Path, ranks: int, strategy: str, extra: list[s
     )
     console.print(f"What the frameworks print goes to {out / 'logs'}", highlight=False)
     _build_base_model(out)
-    files = data.write(out / "data")
-    command = [sys.executable, "-m", "verl.trainer.main_ppo"]
-    command += training.overrides(schedule, BASE_MODEL, files, out, ranks, strategy) + extra
+    _, validation_file = data.write(out / "data")
     _train(command, schedule, out)
-    _report(schedule, out, files[1])
+    _report(schedule, out, validation_file)
 
 
 def _build_base_model(out: Path) -> None:

@@ -26,6 +26,7 @@ def arguments_of() -> argparse.Namespace:
     parser.add_argument("--keep", action="store_true", help="keep the recorded trajectories after they were scored")
     parser.add_argument("--publish", action="store_true", help="copy the results beside RESULTS.md, fill in its tables")
     parser.add_argument("--phase", choices=["train", "all"], default="all", help="train: stop after training")
+    parser.add_argument("--dry-run", action="store_true", help="print the planned runs and leave")
     return parser.parse_args()
 
 
@@ -34,6 +35,9 @@ def main() -> None:
     arguments = arguments_of()
     transformers.utils.logging.disable_progress_bar()
     grid, out = (QUICK, arguments.out / "quick") if arguments.quick else (FULL, arguments.out / "full")
+    if arguments.dry_run:
+        print(*planned(grid, out), sep="\n")
+        return
     base = arguments.out.absolute() / "base"
     load_model(base)  # builds it
     for_every_run("train and record", train_run, grid.runs(), (grid, base, out), planned_steps(grid))
@@ -42,6 +46,19 @@ def main() -> None:
         if not arguments.keep:
             for run in grid.runs():
                 forget(out, run)
+
+
+def planned(grid: Grid, out: Path) -> list[str]:
+    """A line for each run: what it trains, records and scores, and where it goes."""
+    lines = []
+    for run in grid.runs():
+        trajectories = {name for arm in grid.arms(run) for name in grid.rows(arm)}
+        trained = f"{planned_steps(grid)} training steps with controls, {len(trajectories)} trajectories"
+        lines.append(
+            f"{run.name}: learning rate {run.learning_rate:g}, seed {run.seed}, {trained}, {planned_scores(grid)} scores "
+            f"-> {out / run.name}"
+        )
+    return lines
 
 
 def analyse(grid: Grid, base: Path, out: Path, page: Path | None) -> None:
