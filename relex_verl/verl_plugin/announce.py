@@ -1,15 +1,13 @@
 """What a cut leaves behind for people: report, pictures, page, W&B. None of the showing may cost the decision."""
 
-import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from relex_verl import tracking
-from relex_verl.prediction import Prediction
 from relex_verl.report import horizon_figure, write_html
 from relex_verl.verl_plugin.cut import Verdict
 from relex_verl.verl_plugin.output import OutputFolder
@@ -33,7 +31,7 @@ def report(
     window: Mapping[str, Any],
     verdict: Verdict,
     output: OutputFolder,
-    predictions: Sequence[Prediction],
+    written: Mapping[Path, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """What report.json says of a cut by itself.
 
@@ -41,10 +39,9 @@ def report(
         t_cut: the last observed step.
         window: the fits, as rank 0 gave them.
         verdict: what came of the scoring.
-        output: where the predicted checkpoints lie.
-        predictions: those that were written.
+        output: where it goes.
+        written: folder of each predicted checkpoint -> its provenance.
     """
-    folders = [output.predicted(prediction) for prediction in predictions]
     return {
         "t_cut": t_cut,
         "observed_steps": window["steps"],
@@ -52,7 +49,7 @@ def report(
         "recommended_path": None if verdict.winner is None else str(output.path / "recommended"),
         "validation_scores": verdict.rows(t_cut),
         "screened_out": verdict.screened_out,
-        "predictions": [{"path": str(one), **json.loads((one / "relex.json").read_text())} for one in folders],
+        "predictions": [{"path": str(folder), **provenance} for folder, provenance in written.items()],
         "backtests": window["backtests"],
         "fits": window["fits"],
         "versions": tracking.versions(),

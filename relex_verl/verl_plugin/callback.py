@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -50,6 +51,7 @@ class RelexCallback:
         self._schedule: Schedule | None = None
         self._metrics: dict[str, float] = {}  # of the step that was observed last
         self._window: dict[str, Any] | None = None  # of a cut whose predictions are still to be scored
+        self._written: dict[Path, dict[str, Any]] = {}  # folders of this cut's predictions -> provenance
         self._log: Any = None
 
     @property
@@ -228,6 +230,7 @@ class RelexCallback:
     def _fit(self) -> None:
         """Fit, and write the configured targets before anything is scored: whatever comes, they are there."""
         self._output.begin_cut(self.plan.t_cut)
+        self._written = {}
         window = self._ranks.ask("relex_fit", self.config.methods, self.plan.targets)
         predictions = self.schedule.predictions
         for i, prediction in enumerate(predictions, 1):
@@ -238,7 +241,9 @@ class RelexCallback:
     def _write(self, prediction: Prediction, steps: list[int]) -> None:
         trajectory = self._output.path / "trajectory"
         provenance = tracking.provenance(self._base_model, prediction, self.plan.t_cut, steps, trajectory)
-        self._ranks.ask("relex_write", prediction, self._output.predicted(prediction), provenance)
+        folder = self._output.predicted(prediction)
+        self._ranks.ask("relex_write", prediction, folder, provenance)
+        self._written[folder] = provenance
 
     def _restore(self, step: int, host: Host) -> None:
         """Outside every guard: a rollout that kept a prediction's weights would sample the next step from them."""
@@ -253,12 +258,11 @@ class RelexCallback:
 
     def _conclude(self, step: int, window: dict[str, Any], verdict: Verdict, host: Host | None) -> dict[str, float]:
         """Tell the user in every place, and act: stop, go on to the next cut, or let go."""
-        winner, predictions = verdict.winner, self.schedule.predictions
-        if winner is not None and winner not in predictions:
+        winner = verdict.winner
+        if winner is not None and self._output.predicted(winner) not in self._written:
             self._write(winner, window["steps"])
-            predictions.append(winner)
         self._output.recommend(winner)
-        found = announce.report(step, window, verdict, self._output, predictions)
+        found = announce.report(step, window, verdict, self._output, self._written)
         found |= {"metrics": self._metrics, "earlier_cuts": list(self.schedule.earlier)}
         found["steps_saved"] = 0 if winner is None else self.schedule.saved
         self._output.keep(step, found)

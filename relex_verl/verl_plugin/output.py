@@ -12,6 +12,7 @@ from typing import Any
 from relex_verl import tracking
 from relex_verl.config import ConfigError
 from relex_verl.hf_checkpoint import write_json
+from relex_verl.opening import appears
 from relex_verl.prediction import Prediction
 from relex_verl.trajectory import TrajectoryError
 from relex_verl.verl_plugin.scoring import Validation
@@ -147,7 +148,12 @@ class OutputFolder:
         """Put the winner's checkpoint at `recommended`, whole or not at all; where none has won, none stays.
 
         Files are linked where the file system can. The old checkpoint is there until the new one is complete.
+
+        Raises:
+            TrajectoryError: the driver does not see what the ranks have written.
         """
+        if winner is not None and not appears(self.predicted(winner) / "relex.json"):
+            raise TrajectoryError(f"the driver does not see {self.predicted(winner)}: use a shared file system")
         recommended = self.path / "recommended"
         partial, replaced = (recommended.with_name(f".recommended.{name}") for name in ("partial", "replaced"))
         for leftover in (partial, replaced):

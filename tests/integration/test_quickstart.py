@@ -97,15 +97,16 @@ def wandb_records(path: Path) -> Iterator[bytes]:
 
 
 def test_wandb_holds_it_all(said: dict[str, str]) -> None:
-    """Read back from W&B's own offline file."""
+    """Read back from W&B's own offline file, and the media files beside it."""
     from wandb.proto import wandb_internal_pb2
 
-    history, summary, artifacts, alerts = set(), {}, [], []
-    for data in wandb_records(next((OUT / "wandb").rglob("run-*.wandb"))):
+    written = next((OUT / "wandb").rglob("run-*.wandb"))
+    history, summary, artifacts, alerts = {}, {}, [], []
+    for data in wandb_records(written):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         for item in record.history.item:
-            history.add(item.key or ".".join(item.nested_key))
+            history[item.key or ".".join(item.nested_key)] = item.value_json
         for item in record.summary.update:
             summary[item.key or ".".join(item.nested_key)] = item.value_json
         if record.HasField("artifact"):
@@ -114,15 +115,22 @@ def test_wandb_holds_it_all(said: dict[str, str]) -> None:
             artifacts.append(record.request.log_artifact.artifact)
         if record.HasField("alert"):
             alerts.append(record.alert.text)
-    advice = report(OUT)["advice"]
-    assert {"relex/explained_variance/mean", "relex/drift", "relex/ready", "timing_s/relex"} <= history
-    assert any(key.startswith("relex/tensors") for key in history)
-    assert any(key.startswith("relex/candidates") for key in history)
-    assert any(key.startswith("relex/figures/coefficients") for key in history)
+    found = report(OUT)
+    advice = found["advice"]
+    assert {"relex/explained_variance/mean", "relex/drift", "relex/ready", "timing_s/relex"} <= history.keys()
+    for name in ("coefficients", "spectrum", "r2_by_layer", "backtest", "scores"):
+        picture = written.parent / "files" / json.loads(history[f"relex/figures/{name}.path"])
+        assert picture.read_bytes() == (OUT / "relex" / "figures" / f"{name}.png").read_bytes()
+    for name, rows in (("tensors", found["fits"]["tensors"]), ("candidates", found["validation_scores"])):
+        table = json.loads((written.parent / "files" / json.loads(history[f"relex/{name}.path"])).read_text())
+        assert [row[0] for row in table["data"]] == [next(iter(row.values())) for row in rows]
     assert json.loads(summary["relex/advice"]) == "stop"
-    assert json.loads(summary["relex/steps_saved"]) > 0
+    assert (
+        json.loads(summary["relex/recommended_path"]) == found["recommended_path"] == str(OUT / "relex" / "recommended")
+    )
+    assert json.loads(summary["relex/steps_saved"]) == found["steps_saved"]
     assert alerts == [advice["reason"]]
     models = {one.name.rsplit("-", 1)[0]: one for one in artifacts if one.type == "model"}
-    assert advice["target"] in models
-    assert "recommended" in models[advice["target"]].aliases
+    assert models.keys() == {Path(one["path"]).name for one in found["predictions"]}
+    assert [name for name, one in models.items() if "recommended" in one.aliases] == [advice["target"]]
     assert json.loads(models[advice["target"]].metadata)["method"] == "relex"

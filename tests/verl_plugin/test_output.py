@@ -111,17 +111,19 @@ def test_a_damaged_report_is_named(tmp_path: Path) -> None:
         output.earlier_cuts(9)
 
 
-def test_recommended_is_replaced_whole_and_goes_with_the_win(tmp_path: Path) -> None:
+def test_recommended_is_replaced_whole_and_goes_with_the_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relex_verl.verl_plugin.output.appears", Path.exists)
     output, first, second = OutputFolder(tmp_path), Prediction("relex", 20), Prediction("relex", 30)
     for prediction in (first, second):
         output.predicted(prediction).mkdir(parents=True)
         (output.predicted(prediction) / "model.safetensors").write_text(prediction.folder_name)
+        (output.predicted(prediction) / "relex.json").write_text("{}")
     output.recommend(first)
     weights = tmp_path / "recommended" / "model.safetensors"
     assert os.path.samefile(weights, output.predicted(first) / "model.safetensors")
     output.recommend(second)
     assert weights.read_text() == "relex-step_30"
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(TrajectoryError, match="does not see"):
         output.recommend(Prediction("relex", 99))
     assert weights.read_text() == "relex-step_30"
     output.recommend(None)
@@ -136,6 +138,6 @@ def test_recommended_is_copied_where_files_cannot_be_linked(tmp_path: Path, monk
     monkeypatch.setattr(os, "link", refuse)
     output, winner = OutputFolder(tmp_path), Prediction("relex", 20)
     output.predicted(winner).mkdir(parents=True)
-    (output.predicted(winner) / "config.json").write_text("{}")
+    (output.predicted(winner) / "relex.json").write_text("{}")
     output.recommend(winner)
-    assert (tmp_path / "recommended" / "config.json").read_text() == "{}"
+    assert (tmp_path / "recommended" / "relex.json").read_text() == "{}"
