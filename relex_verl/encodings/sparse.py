@@ -136,11 +136,13 @@ def _changed(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     words = len(new) // WORD
     if words and old.storage_offset() % WORD == 0 and new.storage_offset() % WORD == 0:
         ends = words * WORD
-        differing = (old[:ends].view(torch.int64) != new[:ends].view(torch.int64)).nonzero()
+        old_words, new_words = old[:ends].view(torch.int64), new[:ends].view(torch.int64)
+        differing = (old_words != new_words).nonzero().flatten()
         if len(differing) < words // WORD:
-            candidates = (differing * WORD + torch.arange(WORD, device=new.device)).flatten()
-            candidates = torch.cat([candidates, torch.arange(ends, len(new), device=new.device)])
-            return candidates[old[candidates] != new[candidates]]
+            within = (old_words[differing] ^ new_words[differing]).view(torch.int16).nonzero().flatten()
+            position = differing[within >> 2] * WORD + (within & (WORD - 1))
+            tail = (old[ends:] != new[ends:]).nonzero().flatten() + ends
+            return torch.cat([position, tail])
     return (old != new).nonzero().flatten()
 
 
