@@ -102,3 +102,24 @@ def test_an_index_that_lists_more_than_the_files_hold(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(IngestError, match=r"lists b, which model\.safetensors does not hold"):
         Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", '{"metadata": {}}'], ids=["no JSON", "no weight_map"])
+def test_a_damaged_index(tmp_path, content):
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(IngestError, match="is truncated or damaged"):
+        Checkpoint(tmp_path)
+
+
+def test_a_damaged_config_of_the_base(finished):
+    (finished / "base/config.json").write_text("{")
+    with pytest.raises(IngestError, match=r"config\.json is damaged"):
+        run(finished)
+
+
+def test_a_run_that_goes_on_is_not_asked_again_where_it_started(finished):
+    """Late in a run weights may have moved further than the first checkpoint had."""
+    run(finished, steps="1-2")
+    change(finished, 9, lambda tensors: [one.mul_(1.1) for name, one in tensors.items() if name != NORM])
+    assert run(finished).steps == [1, 2, 5, 9]

@@ -31,6 +31,15 @@ def test_every_config_is_tested():
     assert names == {*RECIPES, "math_grpo", "math_eval"}
 
 
+@pytest.mark.parametrize("relex", [[], ["+relex=default"]], ids=["plain", "relex"])
+@pytest.mark.parametrize("name", [*RECIPES, "math_grpo", "math_eval"])
+def test_every_config_composes_with_verls_schema(name, relex):
+    blanks = ["actor_rollout_ref.model.path=/model", "data.val_files=/data.parquet"] if name.startswith("math") else []
+    config = composed(name, [*blanks, *relex])
+    check_by_verl(config)
+    assert ("relex" in config) == bool(relex)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_composes_and_holds_the_papers_hyper_parameters(recipe):
     config = composed(recipe, [])

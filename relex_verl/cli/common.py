@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from relex_verl import tracking
 from relex_verl.budget import BudgetError
 from relex_verl.extrapolators import METHODS
 from relex_verl.ingest import Found, IngestError, find_checkpoints, find_revisions
@@ -144,15 +145,7 @@ def tensors_of(text: str, names: Sequence[str]) -> list[str]:
 
 def print_json(content: Any) -> None:
     """JSON on standard output, without colour or wrapping; NaN is null."""
-    typer.echo(json.dumps(_without_nan(content), indent=1))
-
-
-def _without_nan(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {key: _without_nan(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_without_nan(value) for value in content]
-    return None if isinstance(content, float) and content - content != 0 else content
+    typer.echo(json.dumps(tracking.strict(content), indent=1))
 
 
 def table_of(title: str, rows: Sequence[dict[str, Any]]) -> Table:

@@ -139,7 +139,10 @@ def ingest(
     with ExitStack() as opened:
         folder = opened.enter_context(todo[0].opened(options.allow_pickle, workspace))
         base = Checkpoint(resolve_model(base_model))
-        layout = _common_layout(base, Checkpoint(folder, todo[0].called), found, todo[0], options)
+        first = Checkpoint(folder, todo[0].called)
+        layout = _common_layout(base, first, found, todo[0], options.allow_pickle)
+        if begun is None and not options.any_base:
+            check_same_origin(base, first, list(layout.shapes))
         encoding = options.encoding(layout, folder, begun.index.encoding if begun else None)
         existed = out.exists()
         observer = Observer(out, base_model, layout.aliases, {"ingested_from": source}, encoding)
@@ -188,7 +191,7 @@ def _keep_on_disk(observer: Observer) -> None:
 
 
 def _common_layout(
-    base: Checkpoint, first: Checkpoint, found: Sequence[Found], opened: Found, options: Options
+    base: Checkpoint, first: Checkpoint, found: Sequence[Found], opened: Found, allow_pickle: bool
 ) -> Layout:
     """Check all that headers tell before anything is written; what must be merged or downloaded is checked in its turn.
 
@@ -197,15 +200,13 @@ def _common_layout(
         first: the first checkpoint that is to be recorded, opened.
         found: all checkpoints.
         opened: which of them is `first`.
-        options: how to ingest.
+        allow_pickle: whether some may need unpickling.
     """
     layout = Layout.of(base, first)
     layout.check(first)
     check_tied(base, layout.aliases)
-    if not options.any_base:
-        check_same_origin(base, first, list(layout.shapes))
     for one in found:
-        one.check_allowed(options.allow_pickle)
+        one.check_allowed(allow_pickle)
         if one.kind == "safetensors" and one is not opened:
             layout.check(Checkpoint(Path(one.place), one.called))
     return layout
@@ -213,8 +214,10 @@ def _common_layout(
 
 def _is_checkout(folder: Path) -> bool:
     """Whether `relex-verl checkout` wrote it: it alone says how far off its weights can be."""
-    path = folder / "relex.json"
-    return path.exists() and "max_error" in json.loads(path.read_text())
+    try:
+        return "max_error" in json.loads((folder / "relex.json").read_text())
+    except (OSError, ValueError):
+        return False
 
 
 def _begun(out: Path, base_model: str, source: str, options: Options) -> Trajectory | None:

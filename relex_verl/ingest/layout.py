@@ -45,7 +45,7 @@ class Checkpoint(BaseCheckpoint):
         self.called = called or str(folder)
         try:
             super().__init__(folder)
-        except (SafetensorError, ValueError, OSError) as error:
+        except (SafetensorError, ValueError, KeyError, OSError) as error:
             said = str(error).replace(f"{folder}/", "")
             if isinstance(error, FileNotFoundError):
                 raise IngestError(f"{self.called}: a file is missing: {said}") from error
@@ -120,7 +120,10 @@ class Layout:
 
 def _tied(base: BaseCheckpoint) -> dict[str, str]:
     config = base.folder / "config.json"
-    content = json.loads(config.read_text()) if config.exists() else {}
+    try:
+        content = json.loads(config.read_text()) if config.exists() else {}
+    except ValueError as error:
+        raise IngestError(f"{config} is damaged: {error}") from error
     if not content.get("tie_word_embeddings", content.get("text_config", {}).get("tie_word_embeddings", False)):
         return {}
     embeddings = [name for name in base.entries if name.endswith(EMBEDDINGS)]
