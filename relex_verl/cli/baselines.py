@@ -80,11 +80,11 @@ class _Predictions:
         }
         name = f"{method}-{suffix}"
         with element_bar(self.trajectory, name) as advance:
-            folder = write_prediction(self.trajectory, shards, self.out / name, facts, advance)
-        row = {"path": str(folder), "method": method, "t_cut": self.cut, "target": target, "settings": settings}
+            write_prediction(self.trajectory, shards, self.out / name, facts, advance)
+        row = {"path": str(self.out / name), "method": method, "t_cut": self.cut, "target": target, "settings": settings}
         self.written.append(row)
         if not self.as_json:
-            console.print(f"{name}: {folder}", highlight=False, soft_wrap=True)
+            console.print(f"{name}: {self.out / name}", highlight=False, soft_wrap=True)
 
     def finish(self) -> None:
         """Print what was written, where JSON is wanted."""

@@ -78,7 +78,7 @@ def diagnose(
         table_of("tensors", [*table, {**blank, "tensor": "random walk", "shape": "", **fits["random_walk_null"]}])
     )
     for name, path in figures.items():
-        console.print(f"{name.replace('_', ' ')}: {path}", highlight=False, soft_wrap=True)
+        console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
 
 
 def compare(
