@@ -34,7 +34,7 @@ class Questions(NamedTuple):
 
 
 def load_questions(base: Path) -> tuple[Questions, Questions]:
-    """(train, test): disjoint; the test questions are the quickstart's 800 validation questions."""
+    """(train, test): disjoint; the test questions are the quickstart's validation questions."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     train, test = (Questions(*encode(tokenizer, pairs)) for pairs in split())
     return train, test

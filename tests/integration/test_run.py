@@ -79,6 +79,14 @@ def master(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Ru
     }
 
 
+@pytest.fixture(scope="module")
+def sketched(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """FSDP2 on one rank, as `master`, followed by a sketch that verl's checkpoints make it store."""
+    relex = [*RELEX, "relex.trajectory=sketch", "relex.validate_targets=false"]
+    extra = [SHARDS, "trainer.save_freq=2"]
+    return run(tmp_path_factory.mktemp("sketch"), CUT, strategy="fsdp2", relex=relex, extra=extra)
+
+
 def dense_svd_prediction(
     states: list[dict[str, torch.Tensor]], steps: list[int], target: int
 ) -> dict[str, torch.Tensor]:
@@ -192,6 +200,19 @@ def test_float32_predictions_do_not_depend_on_ranks_or_strategy(master: dict[tup
         check_against_dense(finished, gram_error=1e-3, wrong_share=1e-4)
     for target in TARGETS:
         assert different(predicted(master["fsdp", 2], target), predicted(master["fsdp2", 2], target)) <= 1e-4
+
+
+def test_a_sketch_predicts_what_the_rows_predict(sketched: Run, master: dict[tuple[str, int], Run]) -> None:
+    """Four steps and four moments: nothing is lost but the float32 rows' own rounding to 8 bits."""
+    assert sketched.code == 0, sketched.log[-3000:]
+    for target in TARGETS:
+        assert different(predicted(sketched, target), predicted(master["fsdp2", 1], target)) <= 5e-3
+    trajectory = Trajectory(sketched.out / "relex" / "trajectory")
+    assert (trajectory.steps, trajectory.window.stored) == ([1, 2, 3, 4], [2, 4])
+    at_cut = sketched.metrics[CUT]
+    assert 0 < at_cut["relex/explained_variance/mean"] <= 1
+    assert not any(name.startswith(("relex/line_r2", "relex/drift", "relex/ready", "relex/changed")) for name in at_cut)
+    assert sketched.report()["fits"]["tensors"][0]["line_r2"] is None
 
 
 def test_predicted_checkpoints_are_usable_and_repeatable(observed: Run, tmp_path: Path) -> None:
