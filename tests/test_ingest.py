@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from relex_verl import replay
 from relex_verl import trajectory as store
 from relex_verl.ingest import Found, IngestError, Options, find_checkpoints, ingest, select_steps, within
+from relex_verl.observer import Observer
 from relex_verl.prediction import write_checkpoint
 from relex_verl.trajectory import Trajectory
 
@@ -168,6 +169,20 @@ def test_no_space_left(finished, monkeypatch, after, there):
         assert list(finished.glob("trajectory/*")) == []
     assert list(finished.rglob("*.tmp")) == []
     monkeypatch.undo()
+    assert run(finished).steps == list(STEPS)
+
+
+def test_a_pass_that_cannot_even_begin_again_keeps_what_is_there(finished, monkeypatch):
+    run(finished, steps="1-2")
+
+    def broken(self, *anything):
+        raise MemoryError("no memory for the state")
+
+    monkeypatch.setattr(Observer, "start", broken)
+    with pytest.raises(MemoryError):
+        run(finished)
+    monkeypatch.undo()
+    assert Trajectory(finished / "trajectory").steps == [1, 2]
     assert run(finished).steps == list(STEPS)
 
 

@@ -136,9 +136,9 @@ def ingest(
         return begun
     # Temporary copies lie beside the trajectory: there is room for checkpoints where a run's results go, rarely in /tmp.
     workspace = next(folder for folder in out.resolve().parents if folder.is_dir())
+    base = Checkpoint(resolve_model(base_model))
     with ExitStack() as opened:
         folder = opened.enter_context(todo[0].opened(options.allow_pickle, workspace))
-        base = Checkpoint(resolve_model(base_model))
         first = Checkpoint(folder, todo[0].called)
         layout = _common_layout(base, first, found, todo[0], options.allow_pickle)
         if begun is None and not options.any_base:
@@ -156,7 +156,7 @@ def ingest(
                     folder = opened.enter_context(one.opened(options.allow_pickle, workspace))
                 progress(_observe(observer, one, Checkpoint(folder, one.called), layout))
         except BaseException as error:
-            if not observer.steps:
+            if begun is None and not observer.steps:
                 shutil.rmtree(out, ignore_errors=True)
                 if existed:
                     out.mkdir()
