@@ -81,8 +81,8 @@ class _Predictions:
         name = f"{method}-{suffix}"
         with element_bar(self.trajectory, name) as advance:
             write_prediction(self.trajectory, shards, self.out / name, facts, advance)
-        row = {"path": str(self.out / name), "method": method, "t_cut": self.cut, "target": target, "settings": settings}
-        self.written.append(row)
+        row = {"path": str(self.out / name), "method": method, "t_cut": self.cut}
+        self.written.append({**row, "target": target, "settings": settings})
         if not self.as_json:
             console.print(f"{name}: {self.out / name}", highlight=False, soft_wrap=True)
 

@@ -159,7 +159,7 @@ def ingest(
             if begun is None and not observer.steps:
                 shutil.rmtree(out, ignore_errors=True)
                 if existed:
-                    out.mkdir()
+                    out.mkdir(exist_ok=True)
             raise _in_words(error, observer.steps, out) from error
     return observer.trajectory
 
