@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,9 @@ class RelexCallback:
             verdict = self._guard(lambda: decide(host, self.config, self.plan, window, self.schedule.alpha_share))
         finally:
             self._restore(step, host)
-        return self._guard(lambda: self._conclude(step, window, verdict, host)) or {} if verdict is not None else {}
+        if verdict is None:
+            return {}
+        return self._guard(partial(self._conclude, step, window, verdict, host)) or {}
 
     def on_train_end(self) -> None:
         """The run is over, by whatever way."""
