@@ -79,7 +79,7 @@ class RelexConfig:
         score_metric: the validation metric to decide on, "val-core/<data source>/<variable>/mean@<n>"; null takes the
             core metric of the first data source.
         max_candidates: validations that a cut may spend on predictions, besides the one of the last observed weights.
-        confidence: level of the paired test that a prediction has to pass.
+        confidence: level of the paired test that a prediction has to pass, for all cuts of a run together.
         validation_timeout_s: seconds after which a validation counts as failed.
         on_cut: "advise" only tells; "stop" ends the run when the advice is to stop.
         recut_every: steps until the next cut after one that did not win; "auto" is as many as the first cut took.

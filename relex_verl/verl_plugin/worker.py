@@ -25,7 +25,7 @@ from relex_verl.assembly import whole_tensors
 from relex_verl.diagnostics import describe, split_half_agreement
 from relex_verl.encodings import encoding_name
 from relex_verl.observer import Observer
-from relex_verl.prediction import Prediction
+from relex_verl.prediction import Prediction, check_method
 from relex_verl.verl_plugin.source import EngineSource, has_float32_master
 
 __all__ = ["Answer", "RelexActorWorker", "RelexDetachActorWorker", "Setup"]
@@ -189,6 +189,8 @@ class _RelexWorkerMixin:
         if self.config.rollout.checkpoint_engine.backend == "delta_sharded":
             raise NotImplementedError("predictions cannot be sent by checkpoint_engine.backend=delta_sharded")
         observer = self._relex
+        if isinstance(weights, Prediction):  # now, not while the rollout waits for its weights
+            check_method(observer.encoding, weights, observer.steps)
 
         def export(**_: Any) -> tuple[Iterator[tuple[str, torch.Tensor]], None]:
             if isinstance(weights, Prediction):

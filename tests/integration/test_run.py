@@ -259,6 +259,8 @@ def test_scores_are_verls_own(plain: Run, observed: Run) -> None:
     assert 1 <= len(candidates) <= 2
     for row in candidates:
         assert observed.metrics[CUT][f"relex/val/{row['name']}/{metric}"] == row["score"]
-        kept = json.loads((observed.out / "relex" / "scores" / f"{row['name']}.json").read_text())
+        scores = observed.out / "relex" / "scores" / f"cut_{CUT}" / f"{row['name']}.json"
+        kept = json.loads(scores.read_text())  # prompt -> every sample's score
         assert len(kept) == row["prompts"]
-        assert sum(kept.values()) / len(kept) == pytest.approx(row["score"], abs=1e-6)
+        mean = sum(sum(samples) / len(samples) for samples in kept.values()) / len(kept)
+        assert mean == pytest.approx(row["score"], abs=1e-6)

@@ -37,7 +37,10 @@ class _DispatchOrder(ReplayBuffer):
             uid, session, turn = key.split("_")
             return place.get(uid, len(place)), int(session), int(turn)
 
-        in_order = {key: partition_snapshot[key] for key in sorted(partition_snapshot, key=order)}
+        # Late answers of a batch that was given up may lie here too, under other names; verl passes over them.
+        answers = [key for key in partition_snapshot if key.count("_") == 2]
+        in_order = {key: partition_snapshot[key] for key in sorted(answers, key=order)}
+        in_order |= {key: value for key, value in partition_snapshot.items() if key not in in_order}
         return super()._materialize_batch(partition_id, selected_prompt_uids, in_order)
 
 
