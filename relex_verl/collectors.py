@@ -146,6 +146,7 @@ class RowCollector:
         self.steps.append(step)
         for i, held in enumerate(self.held.values()):
             self.encoding.advance(held.state, self._taken.increment(i))
+        self._taken = None  # whoever moves this row to disk lets go of its memory
 
     def snapshot(self) -> None:
         """See `Collector`."""
