@@ -99,13 +99,14 @@ def encode(state: torch.Tensor, new: torch.Tensor, bits: int = 8) -> QuantizedIn
     scales = [torch.empty(0)]
     for start, stop in _chunks(len(new)):
         change = new[start:stop].float() - state[start:stop].to(new.device)
-        if not change.isfinite().all():
+        groups = _grouped(change)
+        largest = groups.abs().amax(dim=1)  # not finite where any of the group is not
+        if not largest.isfinite().all():
             raise ValueError("weights are not finite (NaN or infinity): the training run itself has diverged")
         if not bits:
             codes.append(change.cpu())
             continue
-        groups = _grouped(change)
-        scale = groups.abs().amax(dim=1) / LEVELS[bits]
+        scale = largest / LEVELS[bits]
         code = torch.where(scale.unsqueeze(1) > 0, groups / scale.unsqueeze(1), 0.0).round().flatten()
         code = code.clamp_(-LEVELS[bits], LEVELS[bits])  # a subnormal scale has few digits
         codes.append((_pack(code) if bits == 4 else code.to(torch.int8)).cpu())
