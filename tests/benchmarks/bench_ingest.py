@@ -6,9 +6,9 @@ files on disk (out of the page cache), as those of a finished run are, and both 
 seconds and the peak of resident memory (file pages included) at three sizes; the faster of two tries, since other work on
 the machine only slows.
 
-Exits with 1 when the largest size takes more than 3 times as long as reading or peaks above 1.5 GB, or when a parameter costs
-it half as much again as it costs a smaller size (which has as many tensors, so as much to do for each of them). Results:
-README.md beside this file.
+Exits with 1 when the largest size takes more than 3 times as long as reading or peaks above 1.5 GB, or when a parameter
+costs it half as much again as it costs a smaller size (which has as many tensors, so as much to do for each of them).
+Results: README.md beside this file.
 """
 
 import argparse
