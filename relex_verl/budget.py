@@ -154,7 +154,7 @@ class Traffic:
     Attributes:
         observe: memory read at the last observed step (the most of any): weights, state, and all that is kept so far; for a
             sketch also written back.
-        append: disk, written at every observed step; for a sketch only where it is stored.
+        append: disk, written at every observed step; nothing for a sketch, which is stored at cuts and checkpoints.
         predict: memory read and written for one prediction at the cut.
     """
 
@@ -175,4 +175,4 @@ def traffic(encoding: Encoding, rank_elements: int, rows: int, change_rate: floa
     row = rank_elements * encoding.row_bytes(change_rate)
     state, fixed = rank_elements * encoding.state_bytes, rank_elements * encoding.fixed_bytes
     kept = rows * row + fixed
-    return Traffic(round(2 * state + kept + fixed), round(row + fixed), round(state + kept + 2 * rank_elements))
+    return Traffic(round(2 * state + kept + fixed), round(row), round(state + kept + 2 * rank_elements))

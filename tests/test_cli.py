@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from shell import call, finished, json_of, refused
 
 from relex_verl.cli import app
-from relex_verl.cli.common import steps_of, table_of, tensors_of
+from relex_verl.cli.arguments import steps_of, tensors_of
+from relex_verl.cli.screen import table_of
 
 __all__ = ["finished"]
 
@@ -26,6 +27,7 @@ def test_plan():
     for arguments, bytes_a_parameter in (
         (("--trajectory", "bf16", "--change-rate", "0.01"), 2 + 75 * 0.04),
         (("--trajectory", "fp32", "--quantization", "none", "--observe-every", "25"), 4 + 3 * 4),
+        (("--trajectory", "sketch", "--sketch-size", "6"), 4 + 6 * 4),
     ):
         found = json_of("plan", "--params", "8e9", "--ranks", 8, "--t-cut", 75, *arguments)
         assert found["bytes_a_parameter"] == pytest.approx(bytes_a_parameter)
@@ -63,7 +65,7 @@ def test_plan():
         ("ingest --base BASE --checkpoints OUT --out OUT", "no such folder"),
         ("ingest --base BASE --checkpoints RUN --out OUT --trajectory fp8", "--trajectory fp8: give one of"),
         ("ingest --base /moved/base --checkpoints RUN --out OUT", "/moved/base is no folder"),
-        ("plan --params 8e9 --t-cut 75 --observe-every often", "--observe-every often: give auto"),
+        ("plan --params 8e9 --t-cut 75 --observe-every often", "relex.observe_every='often': give auto"),
         ("plan --params 8e9 --t-cut 75 --trajectory fp8", "fp32, bf16"),
         ("push BASE a/b", "no relex.json"),
     ],
@@ -112,7 +114,7 @@ def test_a_table_in_a_pipe_is_as_wide_as_its_names():
     """rich would cut them at 80 columns."""
     name = "model.layers.14.mlp." + "gate" * 40
     assert len(table_of("wide", [{"tensor": name}]).columns) == 1
-    code = f"from relex_verl.cli.common import *; console.print(table_of('wide', [{{'tensor': '{name}'}}]))"
+    code = f"from relex_verl.cli.screen import *; console.print(table_of('wide', [{{'tensor': '{name}'}}]))"
     environment = {key: value for key, value in os.environ.items() if key != "COLUMNS"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert name in done.stdout

@@ -15,17 +15,8 @@ from relex_verl.baselines.alpharl import alpharl
 from relex_verl.baselines.coefficient_transformer import TransformerSettings, transformer_tensors
 from relex_verl.baselines.next_extrapolation import NextSettings, fit_next, next_tensors
 from relex_verl.baselines.weight_extrapolation import weight_extrapolation
-from relex_verl.cli.common import (
-    AsJson,
-    OutFolder,
-    TrajectoryFolder,
-    clear_errors,
-    console,
-    element_bar,
-    later_steps_of,
-    notes,
-    print_json,
-)
+from relex_verl.cli.arguments import AsJson, OutFolder, TrajectoryFolder, later_steps_of
+from relex_verl.cli.screen import clear_errors, console, element_bar, notes, print_json
 from relex_verl.shards import TensorShard
 from relex_verl.trajectory import Trajectory
 

@@ -7,8 +7,7 @@ import torch
 
 from relex_verl import plots, report
 from relex_verl.analysis import Alignment, Window, spread
-from relex_verl.diagnostics import coefficients, describe, line_r2, random_walk_gram, spectrum
-from relex_verl.extrapolators import line_hat
+from relex_verl.diagnostics import describe, random_walk_gram, spectrum
 
 __all__ = ["alignment_figure", "backtest_figure", "diagnosis_figures"]
 
@@ -31,7 +30,9 @@ def diagnosis_figures(
     smoothed = energy_L is not None
     figures = report.window_figures(out, names, gram_LTT, steps, targets, ["relex"], smoothed)
     if chosen:
-        panels = [_panel(name, gram_LTT[names.index(name)], steps, targets) for name in chosen]
+        panels = [
+            report.coefficient_panel(name, gram_LTT[names.index(name)], steps, targets, smoothed) for name in chosen
+        ]
         figures["coefficients"] = plots.plot_coefficients(out / "coefficients", panels, "Rank-1 coefficients")[0]
     if not gram_LTT[:, -1, -1].any():
         return figures
@@ -48,15 +49,6 @@ def diagnosis_figures(
     stem = out / "explained_variance_by_layer"
     figures[stem.name] = plots.plot_r2_by_layer(stem, by_module, "explained variance", null)[0]
     return figures
-
-
-def _panel(name: str, gram_TT: torch.Tensor, steps: Sequence[int], targets: Sequence[int]) -> plots.CoefficientPanel:
-    """One tensor of Figure 4: its coefficients, and their line on to the targets."""
-    of, reach = spectrum(gram_TT.unsqueeze(0)), [*steps, *targets]
-    values_T = coefficients(of)[0]
-    line = (torch.stack([line_hat(steps, step) for step in reach]) @ values_T).tolist() if len(steps) > 1 else []
-    values = values_T.tolist() + [float("nan")] * len(targets)
-    return plots.CoefficientPanel(name, reach, values, line or values, line_r2(of, steps).item())
 
 
 def _components(stem: Path, name: str, gram_TT: torch.Tensor, steps: Sequence[int]) -> Path:

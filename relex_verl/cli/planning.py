@@ -5,8 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from relex_verl.budget import budget, traffic
-from relex_verl.cli.common import AsJson, clear_errors, console, print_json
+from relex_verl.budget import budget, change_between_rows, traffic
+from relex_verl.cli.arguments import AsJson
+from relex_verl.cli.screen import clear_errors, console, print_json
 from relex_verl.config import RelexConfig
 from relex_verl.encodings import ENCODINGS, encoding_name
 
@@ -20,8 +21,9 @@ def plan(
     t_cut: Annotated[int, typer.Option(min=1, help="The step at which to fit.")],
     ranks: Annotated[int, typer.Option(min=1, help="Training ranks (GPUs), all nodes together.")] = 8,
     ranks_per_node: Annotated[int, typer.Option(min=1, help="Of these, how many on one node.")] = 8,
-    trajectory: Annotated[str, typer.Option(help="fp32 or bf16, as relex.trajectory.")] = "fp32",
+    trajectory: Annotated[str, typer.Option(help="fp32, bf16 or sketch, as relex.trajectory.")] = "fp32",
     quantization: Annotated[str, typer.Option(help="int8, int4 or none, as relex.quantization.")] = "int8",
+    sketch_size: Annotated[int, typer.Option(help="As relex.sketch_size.")] = 4,
     observe_every: Annotated[str, typer.Option(help="auto or a number of steps, as relex.observe_every.")] = "auto",
     change_rate: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the bf16 weights that change a step; RL: 0.005 to 0.03.")
@@ -39,20 +41,24 @@ def plan(
     with clear_errors():
         if not params >= 1:
             raise ValueError(f"--params {params:g}: give the number of parameters, e.g. 8e9")
-        every: int | str = observe_every
-        if observe_every != "auto":
-            if not observe_every.isdigit() or int(observe_every) < 1:
-                raise ValueError(f"--observe-every {observe_every}: give auto or a whole number of steps, 1 or more")
-            every = int(observe_every)
-        node = {"t_cut": t_cut, "trajectory": trajectory, "quantization": quantization, "observe_every": every}
-        resolved = RelexConfig.from_mapping(node).plan(t_cut + 1)
-    facts = _estimate(round(params), ranks, min(ranks, ranks_per_node), node, resolved, change_rate, targets)
-    per_node = min(ranks, ranks_per_node)
+        config = RelexConfig.from_mapping(
+            {
+                "t_cut": t_cut,
+                "trajectory": trajectory,
+                "quantization": quantization,
+                "sketch_size": sketch_size,
+                "observe_every": int(observe_every) if observe_every.isdigit() else observe_every,
+            }
+        )
+        per_node = min(ranks, ranks_per_node)
+        facts = _estimate(round(params), ranks, per_node, config, change_rate, targets)
+    nodes = ceil(ranks / per_node)
+    memory_bandwidth, disk_bandwidth = bandwidth_memory * GB / per_node, bandwidth_disk * GB * nodes
     seconds = {
-        "seconds_an_observed_step": facts["bytes_read_a_step_a_rank"] * per_node / (bandwidth_memory * GB)
-        + facts["bytes_written_a_step"] / ceil(ranks / per_node) / (bandwidth_disk * GB),
-        "seconds_a_prediction": facts["bytes_moved_a_prediction_a_rank"] * per_node / (bandwidth_memory * GB)
-        + 2 * params / (bandwidth_disk * GB),
+        "seconds_an_observed_step": facts["bytes_read_a_step_a_rank"] / memory_bandwidth
+        + facts["bytes_written_a_step"] / disk_bandwidth,
+        "seconds_a_prediction": facts["bytes_moved_a_prediction_a_rank"] / memory_bandwidth
+        + 2 * params / disk_bandwidth,
     }
     if as_json:
         print_json({**facts, **seconds})
@@ -62,12 +68,12 @@ def plan(
 
 
 def _estimate(
-    params: int, ranks: int, per_node: int, node: dict[str, Any], resolved: Any, change_rate: float, targets: int
+    params: int, ranks: int, per_node: int, config: RelexConfig, change_rate: float, targets: int
 ) -> dict[str, Any]:
-    encoding = ENCODINGS[encoding_name(node["trajectory"], node["quantization"])]
+    encoding = ENCODINGS[encoding_name(config.trajectory, config.quantization, config.sketch_size)]
+    resolved = config.plan(int(config.t_cut) + 1)
     mine = ceil(params / ranks)
-    # Between two rows at most as many weights change as in all steps between them.
-    rate = min(1.0, change_rate * resolved.observe_every)
+    rate = change_between_rows(change_rate, resolved.observe_every)
     need = budget(encoding, mine, params, resolved.rows, targets, rate)
     moved = traffic(encoding, mine, resolved.rows, rate)
     return {

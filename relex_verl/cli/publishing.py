@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from relex_verl import sharing
-from relex_verl.cli.common import AsJson, clear_errors, console, print_json
+from relex_verl.cli.arguments import AsJson
+from relex_verl.cli.screen import clear_errors, console, print_json
 
 __all__ = ["push"]
 

@@ -5,19 +5,8 @@ from typing import Annotated
 
 import typer
 
-from relex_verl.cli.common import (
-    AllowPickle,
-    AsJson,
-    Checkpoints,
-    Hub,
-    Revisions,
-    checkpoints_in,
-    clear_errors,
-    console,
-    notes,
-    print_json,
-    step_bar,
-)
+from relex_verl.cli.arguments import AllowPickle, AsJson, Checkpoints, Hub, Revisions, checkpoints_in
+from relex_verl.cli.screen import clear_errors, console, notes, print_json, step_bar
 from relex_verl.ingest import Options, recorded_steps, select_steps
 from relex_verl.ingest import ingest as ingest_checkpoints
 from relex_verl.observer import Observation

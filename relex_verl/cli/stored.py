@@ -7,20 +7,8 @@ import typer
 
 from relex_verl import analysis, replay, tracking
 from relex_verl import prediction as predicting
-from relex_verl.cli.common import (
-    AsJson,
-    FitFrom,
-    OutFolder,
-    Rank,
-    TrajectoryFolder,
-    clear_errors,
-    console,
-    element_bar,
-    later_steps_of,
-    methods_of,
-    print_json,
-    table_of,
-)
+from relex_verl.cli.arguments import AsJson, FitFrom, OutFolder, Rank, TrajectoryFolder, later_steps_of, methods_of
+from relex_verl.cli.screen import clear_errors, console, element_bar, print_json, table_of
 from relex_verl.diagnostics import describe, random_walk_gram, summary
 from relex_verl.extrapolators import METHODS
 from relex_verl.prediction import Prediction, write_checkpoint

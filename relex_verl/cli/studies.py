@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from relex_verl import analysis, tracking
-from relex_verl.cli.common import (
+from relex_verl.cli.arguments import (
     AllowPickle,
     AsJson,
     Checkpoints,
@@ -20,18 +20,13 @@ from relex_verl.cli.common import (
     Revisions,
     TrajectoryFolder,
     checkpoints_in,
-    clear_errors,
-    console,
-    element_bar,
     methods_of,
-    print_json,
-    step_bar,
     steps_of,
-    table_of,
     tensors_of,
 )
 from relex_verl.cli.figures import alignment_figure, backtest_figure, diagnosis_figures
-from relex_verl.ingest import IngestError, select_steps, within
+from relex_verl.cli.screen import clear_errors, console, element_bar, print_json, step_bar, table_of
+from relex_verl.ingest import Found, IngestError, select_steps, within
 from relex_verl.trajectory import Trajectory, step_ranges
 
 __all__ = ["backtest", "compare", "diagnose", "sweep"]
@@ -107,24 +102,12 @@ def compare(
     Algorithm 1 over the whole trajectory: a projection, so its norm ratio is its cosine.
     """
     with clear_errors():
-        opened = Trajectory(trajectory)
-        methods = methods_of(method)
+        opened, methods = Trajectory(trajectory), methods_of(method)
         fit = {"rank": rank, "fit_from": fit_from}
         if checkpoints is None and hub is None:
-            later = _chosen([step for step in opened.steps if step > t_cut], steps)
-            if not later:
-                raise IngestError(
-                    f"{trajectory} holds no such step after --t-cut {t_cut}, only {step_ranges(opened.steps)}: cut earlier, "
-                    "or give true --checkpoints"
-                )
-            aligned = analysis.align_observed(opened, t_cut, methods, later, **fit)
+            aligned = analysis.align_observed(opened, t_cut, methods, _later_steps(opened, t_cut, steps), **fit)
         else:
-            found, place = checkpoints_in(checkpoints, hub, revisions)
-            true = [one for one in found if one.step > t_cut]
-            if not true:
-                there = step_ranges([one.step for one in found])
-                raise IngestError(f"{place} holds no step after --t-cut {t_cut}, only {there}: cut earlier")
-            true = select_steps(true, steps)
+            true = _later_checkpoints(checkpoints, hub, revisions, t_cut, steps)
             with element_bar(opened, "comparing", len(true)) as advance:
                 aligned = analysis.align_checkpoints(
                     opened, t_cut, methods, true, **fit, allow_pickle=allow_pickle, progress=advance
@@ -134,12 +117,7 @@ def compare(
             rebuilt = analysis.align_reconstruction(whole.gram_LTT, whole.steps, rank)
             aligned += [one for one in rebuilt if _chosen([one.step], steps)]
         figures = alignment_figure(out, aligned, f"fitted up to step {t_cut}") if out else []
-    rows = []
-    for one in aligned:
-        cosine, ratio = (analysis.spread(one.step, values, "mean") for values in (one.cosine, one.ratio))
-        row = {"method": one.method, "step": one.step}
-        row |= {"cosine": cosine and cosine.middle, "ratio": ratio and ratio.middle}
-        rows.append({**row, "model_cosine": one.model_cosine, "model_ratio": one.model_ratio})
+    rows = [_alignment_row(one) for one in aligned]
     if as_json:
         tensors = [asdict(one) for one in aligned]
         print_json(
@@ -149,6 +127,41 @@ def compare(
     console.print(table_of("mean over the tensors, and all of them as one vector", rows))
     for path in figures:
         console.print(str(path), highlight=False, soft_wrap=True)
+
+
+def _later_steps(trajectory: Trajectory, cut: int, among: str | None) -> list[int]:
+    """The trajectory's own steps after a cut."""
+    later = _chosen([step for step in trajectory.steps if step > cut], among)
+    if not later:
+        raise IngestError(
+            f"{trajectory.folder} holds no such step after --t-cut {cut}, only {step_ranges(trajectory.steps)}: cut "
+            "earlier, or give true --checkpoints"
+        )
+    return later
+
+
+def _later_checkpoints(
+    checkpoints: Path | None, hub: str | None, revisions: str, cut: int, among: str | None
+) -> list[Found]:
+    """The true checkpoints after a cut."""
+    found, place = checkpoints_in(checkpoints, hub, revisions)
+    true = [one for one in found if one.step > cut]
+    if not true:
+        there = step_ranges([one.step for one in found])
+        raise IngestError(f"{place} holds no step after --t-cut {cut}, only {there}: cut earlier")
+    return select_steps(true, among)
+
+
+def _alignment_row(one: analysis.Alignment) -> dict[str, Any]:
+    cosine, ratio = (analysis.spread(one.step, values, "mean") for values in (one.cosine, one.ratio))
+    means = {"cosine": cosine and cosine.middle, "ratio": ratio and ratio.middle}
+    return {
+        "method": one.method,
+        "step": one.step,
+        **means,
+        "model_cosine": one.model_cosine,
+        "model_ratio": one.model_ratio,
+    }
 
 
 def _chosen(steps: Sequence[int], among: str | None) -> list[int]:
