@@ -16,7 +16,7 @@ from relex_verl.replay import ShardHistory
 from relex_verl.shards import TensorShard
 from relex_verl.trajectory import Trajectory
 
-__all__ = ["Prediction", "check_method", "extrapolate", "predicted_tensors", "write_checkpoint"]
+__all__ = ["Prediction", "check_method", "extrapolate", "predicted_tensors", "weighted_tensors", "write_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,36 @@ def predicted_tensors(
     method, target, rank, fit_from = prediction.method, prediction.target, prediction.rank, prediction.fit_from
     check_method(encoding, prediction, steps)
     weights_LT = fit_weights(gram_LTT, steps, target, method, rank, fit_from)
+    yield from weighted_tensors(histories, encoding, names, steps, weights_LT)
+
+
+def weighted_tensors(
+    histories: Iterable[ShardHistory],
+    encoding: Encoding,
+    names: Sequence[str],
+    steps: Sequence[int],
+    weights_LT: torch.Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Iterator[TensorShard]:
+    """theta_0 + sum_t a_t delta_t of each shard, one in memory.
+
+    Args:
+        histories: shards with all that is kept of `steps`.
+        encoding: how it is kept.
+        names: of the tensors, in the order of the stack.
+        steps: the T real step numbers.
+        weights_LT: a, one row a tensor.
+        dtype: to round to.
+
+    Raises:
+        ValueError: weights of another shape.
+    """
+    if tuple(weights_LT.shape) != (len(names), len(steps)):
+        raise ValueError(f"need weights of shape {(len(names), len(steps))}, got {tuple(weights_LT.shape)}")
     coefficients = dict(zip(names, encoding.coefficients(weights_LT, steps).tolist(), strict=True))
-    for history in histories:
-        data = encoding.accumulate(history.anchor, history.parts, coefficients[history.name])
-        yield TensorShard(history.name, history.shape, history.placement, data)
+    for one in histories:
+        data = encoding.accumulate(one.anchor, one.parts, coefficients[one.name], dtype)
+        yield TensorShard(one.name, one.shape, one.placement, data)
 
 
 def write_checkpoint(

@@ -7,7 +7,7 @@ from safetensors import safe_open
 
 from relex_verl import replay
 from relex_verl.extrapolators import METHODS, fit_weights
-from relex_verl.prediction import Prediction
+from relex_verl.prediction import Prediction, weighted_tensors
 from relex_verl.trajectory import Trajectory
 from study.grid import SKETCH, Grid, Run
 from study.score import Row, write_csv
@@ -63,13 +63,7 @@ def dense_deltas(states: Path, cut: int) -> dict[str, torch.Tensor]:
 
 def _sketched_deltas(trajectory: Trajectory, cut: int, prediction: Prediction) -> dict[str, torch.Tensor]:
     """theta_hat - theta_0 of each tensor, before rounding to bfloat16."""
-    weights_LT = fit_weights(
-        replay.gram(trajectory, cut), trajectory.steps_until(cut), prediction.target, prediction.method
-    )
-    coefficients = trajectory.encoding.coefficients(weights_LT, trajectory.steps_until(cut)).tolist()
-    position = {name: i for i, name in enumerate(trajectory.names)}
-    return {
-        one.name: trajectory.encoding.accumulate(one.anchor, one.parts, coefficients[position[one.name]], torch.float64)
-        - one.anchor.double()
-        for one in replay.histories(trajectory, cut)
-    }
+    steps, histories = trajectory.steps_until(cut), list(replay.histories(trajectory, cut))
+    weights_LT = fit_weights(replay.gram(trajectory, cut), steps, prediction.target, prediction.method)
+    shards = weighted_tensors(histories, trajectory.encoding, trajectory.names, steps, weights_LT, torch.float64)
+    return {one.name: one.data - history.anchor.double() for one, history in zip(shards, histories, strict=True)}

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -83,31 +83,37 @@ def sweep(
         TrajectoryError: a cut beyond what was observed.
         ValueError: two cuts that see the same steps; a folder holds another prediction.
     """
-    rows_of = {cut: observed_until(trajectory, cut) for cut in cuts}
-    for i, cut in enumerate(cuts):
-        for other in cuts[:i]:
-            if rows_of[cut] == rows_of[other]:
-                raise ValueError(
-                    f"--t-cut {other} and {cut} see the same observed steps, the last of them {rows_of[cut][-1]}: give one"
-                )
+    rows_of = _distinct(trajectory, cuts)
     out.mkdir(parents=True, exist_ok=True)
     predictions: list[dict[str, Any]] = []
-    for cut, steps in rows_of.items():
-        for method in methods:
-            for target in (target for target in targets if target > cut):
-                prediction = Prediction(method, target, rank, fit_from)
-                folder = out / f"cut_{cut}" / prediction.folder_name
-                place = trajectory.folder.resolve()
-                facts = tracking.provenance(trajectory.index.base_model, prediction, cut, steps, place)
-                advance = partial(progress, f"cut {cut}, {prediction.folder_name}")
-                if _is_complete(folder, facts):
-                    advance(trajectory.elements)
-                else:
-                    write_prediction(trajectory, extrapolate(trajectory, cut, prediction), folder, facts, advance)
-                row = {"path": str(folder.relative_to(out)), "method": method, "rank": rank, "fit_from": fit_from}
-                predictions.append({**row, "t_cut": cut, "target": target})
-                _write_manifest(out, trajectory, predictions)
+    for cut, method, target in product(rows_of, methods, targets):
+        if target <= cut:
+            continue
+        prediction = Prediction(method, target, rank, fit_from)
+        folder, place = out / f"cut_{cut}" / prediction.folder_name, trajectory.folder.resolve()
+        facts = tracking.provenance(trajectory.index.base_model, prediction, cut, rows_of[cut], place)
+        advance = partial(progress, f"cut {cut}, {prediction.folder_name}")
+        if _is_complete(folder, facts):
+            advance(trajectory.elements)
+        else:
+            write_prediction(trajectory, extrapolate(trajectory, cut, prediction), folder, facts, advance)
+        row = {"path": str(folder.relative_to(out)), "method": method, "rank": rank, "fit_from": fit_from}
+        predictions.append({**row, "t_cut": cut, "target": target})
+        _write_manifest(out, trajectory, predictions)
     return predictions
+
+
+def _distinct(trajectory: Trajectory, cuts: Sequence[int]) -> dict[int, list[int]]:
+    """The observed steps of each cut; an error where two see the same."""
+    rows_of: dict[int, list[int]] = {}
+    for cut in cuts:
+        steps = observed_until(trajectory, cut)
+        for other in (other for other, seen in rows_of.items() if seen == steps):
+            raise ValueError(
+                f"--t-cut {other} and {cut} see the same observed steps, the last of them {steps[-1]}: give one"
+            )
+        rows_of[cut] = steps
+    return rows_of
 
 
 def _write_manifest(out: Path, trajectory: Trajectory, predictions: Sequence[Mapping[str, Any]]) -> None:

@@ -10,6 +10,7 @@ from relex_verl import replay
 from relex_verl.diagnostics import backtest_error, backtest_ratio
 from relex_verl.extrapolators import METHODS, reconstruction_weights
 from relex_verl.plots import Spread
+from relex_verl.prediction import weighted_tensors
 from relex_verl.shards import TensorShard
 from relex_verl.trajectory import Trajectory, TrajectoryError
 
@@ -94,13 +95,8 @@ def reconstruct(trajectory: Trajectory, step: int, rank: int, cut: int | None = 
     if step not in steps:
         raise TrajectoryError(f"--step {step} is not among the {len(steps)} observed steps {steps[0]} to {steps[-1]}")
     weights_LT = reconstruction_weights(replay.gram(trajectory, cut), steps.index(step), rank)
-    coefficients_LK = trajectory.encoding.coefficients(weights_LT, steps)
-    coefficients = dict(zip(trajectory.names, coefficients_LK.tolist(), strict=True))
-    accumulate = trajectory.encoding.accumulate
-    return (
-        TensorShard(one.name, one.shape, one.placement, accumulate(one.anchor, one.parts, coefficients[one.name]))
-        for one in replay.histories(trajectory, cut)
-    )
+    histories = replay.histories(trajectory, cut)
+    return weighted_tensors(histories, trajectory.encoding, trajectory.names, steps, weights_LT)
 
 
 def backtests(

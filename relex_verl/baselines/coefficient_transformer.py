@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 from relex_verl import replay
-from relex_verl.baselines.weighted import weighted_tensors
 from relex_verl.extrapolators import top_eigenvectors
+from relex_verl.prediction import weighted_tensors
 from relex_verl.shards import TensorShard
 from relex_verl.trajectory import Trajectory, TrajectoryError
 
@@ -178,7 +178,8 @@ def transformer_tensors(
         raise TrajectoryError(f"the Transformer needs {MIN_ROWS} observed steps up to {cut}, there are {steps}")
     gram_LTT = replay.gram(trajectory, cut)
     weights_LT = transformer_weights(gram_LTT, steps, target, trajectory.window.origin_step, settings)
-    return weighted_tensors(trajectory, cut, weights_LT)
+    histories = replay.histories(trajectory, cut)
+    return weighted_tensors(histories, trajectory.row_encoding(), trajectory.names, steps, weights_LT)
 
 
 def _train(network: _NextSpeed, speeds_LT: torch.Tensor, settings: TransformerSettings) -> tuple[float, float]:

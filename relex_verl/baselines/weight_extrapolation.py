@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from relex_verl.baselines.weighted import weighted_tensors
+from relex_verl import replay
+from relex_verl.prediction import weighted_tensors
 from relex_verl.shards import TensorShard
 from relex_verl.trajectory import Trajectory, TrajectoryError
 
@@ -91,4 +92,5 @@ def weight_extrapolation(
     origin, steps = trajectory.window.origin_step, trajectory.steps_until(cut)
     start = origin if first is None else first
     weights_LT = weight_extrapolation_weights(trajectory.names, steps, start, target, copy_norms, origin)
-    return weighted_tensors(trajectory, cut, weights_LT)
+    histories = replay.histories(trajectory, cut)
+    return weighted_tensors(histories, trajectory.row_encoding(), trajectory.names, steps, weights_LT)
