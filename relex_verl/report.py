@@ -4,7 +4,7 @@ import base64
 import html
 import re
 from collections.abc import Mapping, Sequence
-from math import isfinite
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from relex_verl.diagnostics import (
 )
 from relex_verl.extrapolators import METHODS, line_hat
 
-__all__ = ["horizon_figure", "layer_and_module", "window_figures", "write_html"]
+__all__ = ["coefficient_panel", "horizon_figure", "layer_and_module", "window_figures", "write_html"]
 
 PANELS = 6
 COMPONENTS = 10
@@ -62,7 +62,7 @@ def window_figures(
     drawn = {
         "coefficients": plots.plot_coefficients(
             folder / "coefficients",
-            _panels(names, of.gram_LTT, steps, targets),
+            _panels(names, gram_LTT, steps, targets, smoothed),
             "Rank-1 coefficients, smoothed by the sketch" if smoothed else "Rank-1 coefficients, extrapolated",
         ),
     }
@@ -82,6 +82,27 @@ def window_figures(
         title, horizon = f"Predicting step {steps[-1]} from a prefix", f"horizon: {steps[-1]} / last step of the prefix"
         drawn["backtest"] = plots.plot_backtest(folder / "backtest", series, title, horizon)
     return {name: next(path for path in paths if path.suffix == ".png") for name, paths in drawn.items()}
+
+
+def coefficient_panel(
+    name: str, gram_TT: torch.Tensor, steps: Sequence[int], targets: Sequence[int], smoothed: bool = False
+) -> plots.CoefficientPanel:
+    """One tensor of the paper's Figure 4: its rank-1 coefficients, and their line on to the targets.
+
+    Args:
+        name: of the tensor.
+        gram_TT: its G.
+        steps: the T real step numbers.
+        targets: steps to which the line is drawn on.
+        smoothed: G is that of a sketch, whose rows say nothing of how straight the real ones are: no R^2.
+    """
+    of, reach = spectrum(gram_TT.unsqueeze(0)), [*steps, *targets]
+    observed_T = coefficients(of)[0]
+    values = observed_T.tolist() + [nan] * len(targets)  # points end where the line goes on
+    if len(steps) < 2:
+        return plots.CoefficientPanel(name, reach, values, values)
+    line = (torch.stack([line_hat(steps, step) for step in reach]) @ observed_T).tolist()
+    return plots.CoefficientPanel(name, reach, values, line, None if smoothed else line_r2(of, steps).item())
 
 
 def horizon_figure(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -133,26 +154,15 @@ def write_html(path: Path, report: Mapping[str, Any], figures: Mapping[str, Path
 
 
 def _panels(
-    names: Sequence[str], gram_LTT: torch.Tensor, steps: Sequence[int], targets: Sequence[int]
+    names: Sequence[str], gram_LTT: torch.Tensor, steps: Sequence[int], targets: Sequence[int], smoothed: bool
 ) -> list[plots.CoefficientPanel]:
-    """The tensors that moved most, one a module."""
-    of = spectrum(gram_LTT)
-    coefficients_LT, r2_L = coefficients(of), line_r2(of, steps)
-    largest = gram_LTT[:, -1, -1].argsort(descending=True).tolist()
+    """The tensors that moved most, one a module; the first tensor where none moved."""
     chosen: dict[str, int] = {}
-    for i in largest:
+    for i in gram_LTT[:, -1, -1].argsort(descending=True).tolist():
         if gram_LTT[i, -1, -1] > 0:
             chosen.setdefault(layer_and_module(names[i])[1], i)
-    panels = []
-    for i in list(chosen.values())[:PANELS]:
-        if len(steps) < 2:
-            continue
-        hats = torch.stack([line_hat(steps, step) for step in (*steps, *targets)])
-        # Points and line may have different lengths: the line goes on to the targets.
-        reach, line = [*steps, *targets], (hats @ coefficients_LT[i]).tolist()
-        values = coefficients_LT[i].tolist() + [float("nan")] * len(targets)
-        panels.append(plots.CoefficientPanel(names[i], reach, values, line, r2_L[i].item()))
-    return panels or [plots.CoefficientPanel(names[0], list(steps), [0.0] * len(steps), [0.0] * len(steps))]
+    drawn = list(chosen.values())[:PANELS] or [0]
+    return [coefficient_panel(names[i], gram_LTT[i], steps, targets, smoothed) for i in drawn]
 
 
 def _spectrum_figure(folder: Path, of: Any, null: Any) -> list[Path]:
