@@ -89,19 +89,13 @@ class RelexCallback:
             RuntimeError, ValueError: the run is refused (memory, disk, an engine whose weights cannot be followed).
         """
         self._ranks = Ranks(workers)
-        configured, plans = self.config.trajectory, self.schedule.plans
+        configured = self.config.trajectory
         setup = Setup(
-            output_dir=self._output.path,
+            config=self.config,
+            plans=self.schedule.plans,
+            predictions=len(self.schedule.predictions) + 1,  # the search may find one that is not a target
             base_model=self._base_model,
             run={"project": self._trainer.project_name, "experiment": self._trainer.experiment_name},
-            trajectory=configured,
-            quantization=self.config.quantization,
-            rows={kind: plan.rows for kind, plan in plans.items()},
-            predictions=len(self.schedule.predictions) + 1,  # the search may find one that is not a target
-            rank=self.config.rank,
-            fit_from=self.config.fit_from,
-            sketch_size=self.config.sketch_size,
-            observe_every={kind: plan.observe_every for kind, plan in plans.items()},
         )
         trajectory, reason, estimate = self._ranks.ask_or_refuse("relex_start", setup)
         if reason is not None:

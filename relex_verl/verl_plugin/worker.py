@@ -9,7 +9,7 @@ import logging
 import socket
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from relex_verl import budget, collectives, report, tracking
 from relex_verl.assembly import whole_tensors
+from relex_verl.config import Plan, RelexConfig
 from relex_verl.diagnostics import describe, split_half_agreement
 from relex_verl.encodings import encoding_name
 from relex_verl.observer import Observer
@@ -38,28 +39,18 @@ class Setup:
     """What a rank is told at the start.
 
     Attributes:
-        output_dir: as in the configuration.
+        config: the checked `relex` node.
+        plans: the first cut, for each kind of trajectory.
+        predictions: checkpoints to be written.
         base_model: folder or Hub id of the base model.
         run: what identifies the run.
-        trajectory, quantization: as in the configuration.
-        rows: observed steps up to the cut, for each kind of trajectory.
-        predictions: checkpoints to be written.
-        rank, fit_from: of the fit, for the figures that are logged.
-        sketch_size: as in the configuration.
-        observe_every: steps between two rows, for each kind of trajectory.
     """
 
-    output_dir: Path
+    config: RelexConfig
+    plans: dict[str, Plan]
+    predictions: int
     base_model: str
     run: dict[str, Any]
-    trajectory: str
-    quantization: str
-    rows: dict[str, int]
-    predictions: int
-    rank: int
-    fit_from: int
-    sketch_size: int = 4
-    observe_every: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -101,13 +92,14 @@ class _RelexWorkerMixin:
         """
         engine = self.actor.engine
         with collectives.together():
-            reason = has_float32_master(engine) if setup.trajectory != "bf16" else None
+            config = setup.config
+            reason = has_float32_master(engine) if config.trajectory != "bf16" else None
             # A sketch follows whatever weights there are.
-            self._relex_kind = "bf16" if reason is not None and setup.trajectory == "fp32" else setup.trajectory
+            self._relex_kind = "bf16" if reason is not None and config.trajectory == "fp32" else config.trajectory
             self._relex_setup, self._relex_cost = setup, ""
             self._relex_source = EngineSource(engine, master=self._relex_kind != "bf16" and reason is None)
-            encoding = encoding_name(self._relex_kind, setup.quantization, setup.sketch_size)
-            folder, aliases = setup.output_dir / "trajectory", self._relex_source.aliases
+            encoding = encoding_name(self._relex_kind, config.quantization, config.sketch_size)
+            folder, aliases = config.folder / "trajectory", self._relex_source.aliases
             self._relex = Observer(folder, setup.base_model, aliases, setup.run, encoding)
         self._relex.start(self._relex_source, admit=self._admit)
         return self._relex_kind, reason, self._relex_cost
@@ -126,7 +118,7 @@ class _RelexWorkerMixin:
         seen = self._relex.observe(step, self._relex_source)
         if collectives.rank():
             return {}
-        (gram_LTT, steps), rank, energy_L = self._fitted_rows(), self._relex_setup.rank, self._relex.energy()
+        (gram_LTT, steps), rank, energy_L = self._fitted_rows(), self._relex_setup.config.rank, self._relex.energy()
         figures = describe(gram_LTT, steps, rank, energy_L)
         figures |= {"changed_share": seen.changed_share_L, "stored_bytes": seen.stored_bytes_L}
         live = tracking.half_backtest(gram_LTT, steps, "relex", rank) if energy_L is None else nan
@@ -145,10 +137,10 @@ class _RelexWorkerMixin:
         self._relex.save()
         if collectives.rank():
             return {}
-        observer, rank, energy_L = self._relex, self._relex_setup.rank, self._relex.energy()
+        observer, rank, energy_L = self._relex, self._relex_setup.config.rank, self._relex.energy()
         names, shapes = list(observer.shapes), list(observer.shapes.values())
         gram_LTT, steps = self._fitted_rows()
-        found = {
+        found: dict[str, Any] = {
             "fits": tracking.fit_report(names, shapes, gram_LTT, steps, rank, energy_L),
             "steps": list(observer.steps),
             "backtests": dict.fromkeys(methods, nan),
@@ -157,7 +149,7 @@ class _RelexWorkerMixin:
         }
         if energy_L is None:  # the smoothed rows of a sketch agree with one another whatever the real ones do
             found["backtests"] = {one: tracking.half_backtest(gram_LTT, steps, one, rank) for one in methods}
-            found["drift"] = describe(gram_LTT, steps, rank)["drift"].nanmean().item()
+            found["drift"] = found["fits"]["summary"]["drift"].get("mean", nan)
             found["agreement"] = split_half_agreement(gram_LTT).nanmean().item()
         return {**found, "figures": self._figures(names, gram_LTT, steps, methods, targets)}
 
@@ -165,7 +157,7 @@ class _RelexWorkerMixin:
         self, names: list[str], gram_LTT: torch.Tensor, steps: list[int], methods: list[str], targets: list[int]
     ) -> dict[str, Path]:
         """Pictures of the window; a plotting library that fails costs nothing but them."""
-        folder, smoothed = self._relex_setup.output_dir / "figures", self._relex.energy() is not None
+        folder, smoothed = self._relex_setup.config.folder / "figures", self._relex.energy() is not None
         try:
             return report.window_figures(folder, names, gram_LTT, steps, targets, methods, smoothed)
         except Exception:
@@ -223,12 +215,12 @@ class _RelexWorkerMixin:
     def _fitted_rows(self) -> tuple[torch.Tensor, list[int]]:
         """G and the steps of the rows that take part in the fit (all, while there are none yet)."""
         steps = self._relex.steps
-        skipped = min(sum(step < self._relex_setup.fit_from for step in steps), len(steps) - 1)
+        skipped = min(sum(step < self._relex_setup.config.fit_from for step in steps), len(steps) - 1)
         return self._relex.gram()[:, skipped:, skipped:], steps[skipped:]
 
     def _admit(self, elements: int, tensors: int) -> None:
         """Before memory is taken: does it all fit? Keeps the estimate, in words."""
-        rows = self._relex_setup.rows[self._relex_kind]
+        rows = self._relex_setup.plans[self._relex_kind].rows
         self._relex_cost = self._check_budget(elements, tensors, rows, already=False)
 
     def _check_budget(self, elements: int, tensors: int, rows: int, already: bool) -> str:
@@ -245,7 +237,7 @@ class _RelexWorkerMixin:
         optimizer = 8 * elements if self.actor.engine.is_optimizer_offload_enabled and not already else 0
         everyone = collectives.gather((host, elements, budget.available_memory(), optimizer))
         total, here = sum(one[1] for one in everyone), [one for one in everyone if one[0] == host]
-        rate = budget.change_between_rows(budget.ASSUMED_CHANGE_RATE, setup.observe_every.get(self._relex_kind, 1))
+        rate = budget.change_between_rows(budget.ASSUMED_CHANGE_RATE, setup.plans[self._relex_kind].observe_every)
         mine = sum(one[1] for one in here)
         need = budget.budget(encoding, mine, total, rows, setup.predictions, rate, tensors * len(here))
         held = mine * (encoding.state_bytes + encoding.fixed_bytes) if already else 0
@@ -253,12 +245,12 @@ class _RelexWorkerMixin:
         with collectives.together():
             budget.check_memory(need.memory - held, available, len(here), later)
             if collectives.rank() == 0:
-                budget.check_disk(need, setup.output_dir)
+                budget.check_disk(need, setup.config.folder)
         return (
             f"{total:.3g} parameters on {len(everyone)} ranks, {rows} rows of {self._relex.encoding_name}: about "
             f"{budget.gib(need.memory)} of host memory on this node ({budget.gib(available)} available), "
             f"{budget.gib(need.trajectory)} of trajectory and {budget.gib(need.predictions)} of predictions in "
-            f"{setup.output_dir}"
+            f"{setup.config.folder}"
         )
 
 

@@ -70,8 +70,8 @@ class Workers:
 
     def _relex_start(self, setup: Any) -> tuple[str, str | None, str]:
         self.setup = setup
-        fallen = self.reason is not None and setup.trajectory == "fp32"
-        return "bf16" if fallen else setup.trajectory, self.reason, "needs 3 GiB"
+        fallen = self.reason is not None and setup.config.trajectory == "fp32"
+        return "bf16" if fallen else setup.config.trajectory, self.reason, "needs 3 GiB"
 
     def _relex_open(self, step: int) -> list[int]:
         kept = [one for one in self.steps if one <= step]

@@ -196,8 +196,7 @@ def test_a_rank_that_fails_before_the_first_step_refuses_the_run(
 def test_only_the_configured_trajectory_is_planned(tmp_path: Path) -> None:
     """bf16 is not refused for what fp32 could not do: rows at every step, not at each second."""
     _, workers = started(tmp_path, trajectory="bf16", observe_every="auto", t_cut=30, rank=20, targets=[60], steps=60)
-    assert workers.setup.rows == {"bf16": 30}
-    assert workers.setup.observe_every == {"bf16": 1}
+    assert {kind: (plan.rows, plan.observe_every) for kind, plan in workers.setup.plans.items()} == {"bf16": (30, 1)}
 
 
 def test_a_fallback_is_planned_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -210,7 +209,7 @@ def test_a_fallback_is_planned_and_told(tmp_path: Path, caplog: pytest.LogCaptur
             targets=[60],
             steps=60,
         )
-    assert workers.setup.rows == {"fp32": 16, "bf16": 32}
+    assert {kind: plan.rows for kind, plan in workers.setup.plans.items()} == {"fp32": 16, "bf16": 32}
     assert callback.plan.rows == 32
     assert "relex.trajectory=fp32 becomes bf16: no master weights" in caplog.text
     assert "RELEX: needs 3 GiB" in caplog.text
