@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from relex_verl import replay
-from relex_verl.encodings import ENCODINGS, PackedStep, Packing, RowEncoding, SketchEncoding
+from relex_verl.encodings import ENCODINGS, PackedStep, Packing, RowEncoding, SketchEncoding, StoredStep
 from relex_verl.gram import append_row, delta_gram
 from relex_verl.shards import Placement
 from relex_verl.sketch import interval, legendre, lifted_gram, rebase
@@ -91,7 +91,7 @@ class Collector(Protocol):
         """Bytes of each tensor held, besides the states, (l,) float64; on disk the same."""
 
 
-def collector_of(encoding: str) -> "RowCollector | SketchCollector":
+def collector_of(encoding: str) -> Collector:
     """The collector of an encoding."""
     kind = ENCODINGS[encoding]
     if isinstance(kind, RowEncoding):
@@ -107,7 +107,7 @@ class RowCollector:
         self.encoding = encoding
         self.held: dict[str, Held] = {}
         self.steps: list[int] = []
-        self.packed: list[PackedStep[Any]] = []
+        self.packed: list[PackedStep[Any] | StoredStep[Any]] = []
         self.increment_gram_LTT = torch.zeros(0, 0, 0, dtype=torch.float64)
         self._taken: PackedStep[Any] | None = None
 
@@ -120,7 +120,7 @@ class RowCollector:
         """See `Collector`."""
         self.steps = trajectory.steps_until(step)
         for shard in replay.last_states(trajectory, step, ranks=[rank]):
-            self.held[shard.name].state = shard.data
+            self.held[shard.name].state.copy_(shard.data)
         self.packed = [trajectory.load(rank, observed) for observed in self.steps]
         self.increment_gram_LTT = replay.increment_gram(trajectory, step)
 
@@ -147,6 +147,13 @@ class RowCollector:
         for i, held in enumerate(self.held.values()):
             self.encoding.advance(held.state, self._taken.increment(i))
         self._taken = None  # whoever moves this row to disk lets go of its memory
+
+    def leave_to_disk(self, trajectory: Trajectory, rank: int) -> None:
+        """Hold no increment in memory whose file is there: for a pass that has time to read them again."""
+        self.packed = [
+            one if isinstance(one, StoredStep) else trajectory.stored(rank, step)
+            for one, step in zip(self.packed, self.steps, strict=True)
+        ]
 
     def snapshot(self) -> None:
         """See `Collector`."""
@@ -203,9 +210,8 @@ class SketchCollector:
         """See `Collector`."""
         self.steps, size = trajectory.steps_until(step), self.encoding.size
         stored = trajectory.load(rank, self.steps[-1])
-        arrays = {
-            name: array.clone() for name, array in stored.arrays.items()
-        }  # not the mapped file: they are written to
+        # Not the mapped file: they are written to.
+        arrays = {name: array.clone() for name, array in stored.arrays.items()}
         self._moments = PackedStep(self.encoding.part, arrays)
         own = arrays["gram_row"]
         self._own_gram_lrr, self._own_energy_lT = own[:, : size**2].view(-1, size, size), own[:, size**2 :]

@@ -68,9 +68,10 @@ class Observer:
         self.encoding: Encoding = ENCODINGS[encoding]
         self.folder, self.base_model, self.aliases, self.run = folder, base_model, dict(aliases), dict(run)
         self.collector = collector_of(encoding)
-        self.held: dict[str, Held] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}  # of all tensors of all ranks, in the order of the stacks
         self.stored_L = torch.zeros(0, dtype=torch.float64)  # bytes on disk of each tensor
+        # One block: kept among what comes and goes, pieces would hold on to the gaps between them.
+        self._states = torch.zeros(0)
         self._base: BaseCheckpoint | None = None
         self._trajectory: Trajectory | None = None
 
@@ -97,13 +98,16 @@ class Observer:
         with together():
             self.shapes = check_cover(counted)
             self._check_aliases()
-        admit(sum(placement.numel for _, placement in mine.values()), len(self.shapes))
+        sizes = [placement.numel for _, placement in mine.values()]
+        admit(sum(sizes), len(self.shapes))
         with together(), _exhausted(source) as shards:
+            self._states = torch.empty(sum(sizes), dtype=self.encoding.dtype)
+            states = self._states.split(sizes)
+            held = {name: Held(*where, state) for (name, where), state in zip(mine.items(), states, strict=True)}
             for shard in shards:
-                if shard.name in mine:
-                    state = shard.data.detach().to("cpu", self.encoding.dtype, copy=True)
-                    self.held[shard.name] = Held(shard.shape, shard.placement, state)
-            self.collector.begin(self.held, len(self.shapes))
+                if shard.name in held:
+                    held[shard.name].state.copy_(shard.data.detach())
+            self.collector.begin(held, len(self.shapes))
             self.stored_L = torch.zeros(len(self.shapes), dtype=torch.float64)
 
     def open(self, step: int) -> None:
@@ -118,7 +122,7 @@ class Observer:
         )
         found = opening.find(self.folder, index, step)
         if found is None:
-            self._trajectory = opening.create(self.folder, index, self.held, self.base)
+            self._trajectory = opening.create(self.folder, index, self.held, self._states, self.base)
         else:
             self._resume(*found)
 
@@ -130,7 +134,7 @@ class Observer:
             self.collector.resume(existing, rank, steps[-1])
         with together():
             if rank == 0:
-                existing.truncate(steps[-1])
+                existing.write_index()
         self._trajectory = existing
         self._count_bytes()
 
@@ -141,8 +145,15 @@ class Observer:
         """The observed steps."""
         return self.collector.steps
 
+    @property
+    def held(self) -> dict[str, Held]:
+        """The shards that this rank counts, in the order in which the engine hands them out."""
+        return self.collector.held
+
     def observe(self, step: int, source: ShardSource) -> Observation:
-        """Add one row: the change of every tensor since the row before. Nothing is kept of it if a rank fails.
+        """Add one row: the change of every tensor since the row before.
+
+        Nothing is kept of it if a rank fails; a sketch, which cannot take it back, accepts no other after that.
 
         Raises:
             ValueError: weights that are not finite; shards that differ from the first time.
@@ -159,7 +170,8 @@ class Observer:
         total_Lk[self._rows_held()] = mine_lk
         total_Lk = collectives.sum_over_ranks(total_Lk)
         if file is not None:
-            self._commit(step)
+            self.trajectory.commit(step)
+            self._write_index()
         # From here on nothing can fail on one rank alone.
         self.collector.keep(step, total_Lk[:, :-2])
         elements_L = torch.tensor([prod(shape) for shape in self.shapes.values()], dtype=torch.float64)
@@ -170,14 +182,16 @@ class Observer:
 
     def save(self) -> None:
         """Put on disk what only memory holds, for a run that resumes after this step: a sketch. Rows are there already."""
+        if self.trajectory.window.stored[-1:] == self.steps[-1:]:
+            return  # at the cut, and again before verl's checkpoint of that step; rows have none to store
         with together():
             whole = self.collector.snapshot()
             if whole is not None:
                 self.trajectory.append(collectives.rank(), self.steps[-1], whole)
         if whole is not None:
-            with together():
-                if collectives.rank() == 0:
-                    self.trajectory.commit_sketch(self.steps)
+            dropped = self.trajectory.commit_sketch(self.steps)
+            self._write_index()
+            self.trajectory.delete(collectives.rank(), dropped)
             self._count_bytes()
 
     def _count_bytes(self) -> None:
@@ -185,12 +199,10 @@ class Observer:
         stored_L[self._rows_held()] = self.collector.bytes_of_tensors()
         self.stored_L = collectives.sum_over_ranks(stored_L)
 
-    def _commit(self, step: int) -> None:
+    def _write_index(self) -> None:
         with together():
             if collectives.rank() == 0:
-                self.trajectory.commit(step)
-            else:
-                self.trajectory.steps.append(step)
+                self.trajectory.write_index()
 
     def _counted(self, shards: Iterator[TensorShard]) -> Iterator[tuple[int, Held, torch.Tensor]]:
         """The shards that this rank counts, with their positions: all of them, in the same order as at the start."""
@@ -243,10 +255,11 @@ class Observer:
         On the host: the rollout's weights are on the device already.
         """
         mine = {}
-        for shard in source:
-            if shard.name in self.held:
-                data = shard.data.detach().to("cpu", torch.bfloat16, copy=True)
-                mine[shard.name] = TensorShard(shard.name, shard.shape, shard.placement, data)
+        with together(), _exhausted(source) as shards:
+            for shard in shards:
+                if shard.name in self.held:
+                    data = shard.data.detach().to("cpu", torch.bfloat16, copy=True)
+                    mine[shard.name] = TensorShard(shard.name, shard.shape, shard.placement, data)
         return (mine[name] for name in self.shapes if name in mine)
 
     def write_prediction(self, prediction: Prediction, folder: Path, provenance: Mapping[str, Any]) -> Path:

@@ -53,13 +53,16 @@ def find(folder: Path, index: TrajectoryIndex, step: int) -> tuple[Trajectory, l
     return existing, existing.steps
 
 
-def create(folder: Path, index: TrajectoryIndex, held: Mapping[str, Held], base: BaseCheckpoint) -> Trajectory:
+def create(
+    folder: Path, index: TrajectoryIndex, held: Mapping[str, Held], states: torch.Tensor, base: BaseCheckpoint
+) -> Trajectory:
     """Begin one, in place of what is there.
 
     Args:
         folder: of the trajectory.
         index: what it says; whether theta_0 is the base model is found out here.
         held: this rank's shards, with theta_0.
+        states: their theta_0 end to end.
         base: the base model.
 
     Raises:
@@ -79,8 +82,7 @@ def create(folder: Path, index: TrajectoryIndex, held: Mapping[str, Held], base:
             raise TrajectoryError(f"rank {collectives.rank()} does not see {folder}, which rank 0 made: {NOT_SHARED}")
         trajectory = Trajectory(folder)
         placements = {name: one.placement for name, one in held.items()}
-        parts = None if everywhere_base else [one.state for one in held.values()]
-        trajectory.declare_rank(collectives.rank(), placements, parts)
+        trajectory.declare_rank(collectives.rank(), placements, None if everywhere_base else states)
     return trajectory
 
 

@@ -78,12 +78,12 @@ class Trajectory:
 
     # What a rank writes
 
-    def declare_rank(self, rank: int, placements: Mapping[str, Placement], origin: list[torch.Tensor] | None) -> None:
-        """Record which elements a rank holds and, when the base model is not theta_0, its part of theta_0."""
+    def declare_rank(self, rank: int, placements: Mapping[str, Placement], origin: torch.Tensor | None) -> None:
+        """Record which elements a rank holds and, when the base model is not theta_0, its part of theta_0, end to end."""
         folder = self._rank_folder(rank)
         folder.mkdir(parents=True, exist_ok=True)
         if origin is not None:
-            _save(folder / "origin.safetensors", {"origin": torch.cat(origin)})
+            _save(folder / "origin.safetensors", {"origin": origin})
         runs = {name: {"start": one.full_start, "length": one.length} for name, one in placements.items()}
         write_json(folder / "placements.json", runs)
 
@@ -91,33 +91,31 @@ class Trajectory:
         """Write a rank's file of a step. It counts from `commit` on."""
         _save(self._step_file(rank, step), packed.arrays)
 
-    # What rank 0 writes
+    # What all ranks know, and one of them writes
 
     def commit(self, step: int) -> None:
-        """Name a step in the index, after all ranks have appended it."""
+        """A step that all ranks have appended counts."""
         self.window.steps.append(step)
-        write_json(self.folder / "index.json", asdict(self.index))
 
-    def commit_sketch(self, steps: Sequence[int]) -> None:
-        """Name a stored sketch of these steps in the index, and delete all but the last few files."""
-        self.window.steps = list(steps)
-        *old, _ = self.window.stored = [*(step for step in self.window.stored if step < steps[-1]), steps[-1]]
-        dropped = old[: max(0, len(old) + 1 - KEPT_SKETCHES)]
-        self.window.stored = self.window.stored[-KEPT_SKETCHES:]
-        write_json(self.folder / "index.json", asdict(self.index))
-        for step in dropped:
-            for rank in range(self.index.world_size):
-                self._step_file(rank, step).unlink(missing_ok=True)
-
-    def truncate(self, after: int) -> None:
-        """Forget the steps after this one (a resumed run trains them again)."""
-        self.forget(after)
-        write_json(self.folder / "index.json", asdict(self.index))
+    def commit_sketch(self, steps: Sequence[int]) -> list[int]:
+        """A sketch of these steps that all ranks have appended counts; the steps of the files that are not kept for it."""
+        stored = [*self.window.stored, steps[-1]]
+        self.window.steps, self.window.stored = list(steps), stored[-KEPT_SKETCHES:]
+        return stored[:-KEPT_SKETCHES]
 
     def forget(self, after: int) -> None:
-        """The same in memory alone: what a rank does that does not write the index."""
+        """The steps after this one do not count any more (a resumed run trains them again)."""
         self.window.steps = self.kept_after(after)
         self.window.stored = [step for step in self.window.stored if step <= after]
+
+    def write_index(self) -> None:
+        """Put on disk what counts."""
+        write_json(self.folder / "index.json", asdict(self.index))
+
+    def delete(self, rank: int, steps: Sequence[int]) -> None:
+        """Delete a rank's files of steps that do not count any more."""
+        for step in steps:
+            self._step_file(rank, step).unlink(missing_ok=True)
 
     # Reading
 

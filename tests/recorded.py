@@ -75,7 +75,7 @@ def record_cut_up(folder, base, states, encoding="fp32-none", origin="base"):
             return torch.cat([flat[start : start + length] for _, start, length in placements[name].runs()])
 
         held = {name: part(base, name) for name in names}
-        trajectory.declare_rank(rank, placements, None if origin == "base" else list(held.values()))
+        trajectory.declare_rank(rank, placements, None if origin == "base" else torch.cat(list(held.values())))
         for step, weights in states.items():
             increments = [kind.encode(held[name], part(weights, name)) for name in names]
             for name, increment in zip(names, increments, strict=True):
@@ -84,6 +84,7 @@ def record_cut_up(folder, base, states, encoding="fp32-none", origin="base"):
             trajectory.append(rank, step, PackedStep.pack(kind.part, increments, row))
     for step in states:
         trajectory.commit(step)
+        trajectory.write_index()
     return trajectory
 
 

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Encoding:
     """One way to follow the weights.
 
@@ -51,7 +51,7 @@ class Encoding:
     fixed_bytes: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RowEncoding(Encoding):
     """Keeps every row: an increment from one row to the next. The state is the last row.
 
@@ -64,19 +64,19 @@ class RowEncoding(Encoding):
         sizes: (elements of each shard) -> elements of each field of their increments together, where they are known.
     """
 
-    anchor_is_last: bool = False
-    encode: Callable[..., Any] = lambda *_: None
-    advance: Callable[..., None] = lambda *_: None
-    dots: Callable[..., torch.Tensor] = lambda *_: torch.empty(0)
-    error_bound: Callable[..., float] = lambda *_: 0.0
-    sizes: Callable[[Sequence[int]], dict[str, int]] = lambda numels: {}
+    anchor_is_last: bool
+    encode: Callable[..., Any]
+    advance: Callable[..., None]
+    dots: Callable[..., torch.Tensor]
+    error_bound: Callable[..., float]
+    sizes: Callable[[Sequence[int]], dict[str, int]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SketchEncoding(Encoding):
     """Keeps `size` moments over the steps (`relex_verl.sketch`), not the rows. State and anchor are theta_0."""
 
-    size: int = 4
+    size: int
 
 
 def _from_last(weights_LT: torch.Tensor, steps: Sequence[int]) -> torch.Tensor:
@@ -94,10 +94,11 @@ def _from_moments(weights_LT: torch.Tensor, steps: Sequence[int], size: int) -> 
 def _quantized(bits: int) -> RowEncoding:
     row_bytes = bits / 8 + 4 / quantized.GROUP if bits else 4.0
     return RowEncoding(
-        torch.float32,
-        quantized.QuantizedIncrement,
-        _from_origin,
-        quantized.accumulate,
+        dtype=torch.float32,
+        part=quantized.QuantizedIncrement,
+        coefficients=_from_origin,
+        accumulate=quantized.accumulate,
+        anchor_is_last=False,
         state_bytes=4,
         row_bytes=lambda change_rate: row_bytes,
         encode=partial(quantized.encode, bits=bits),
@@ -110,10 +111,10 @@ def _quantized(bits: int) -> RowEncoding:
 
 def _sketch(size: int) -> SketchEncoding:
     return SketchEncoding(
-        torch.float32,
-        moments.Moment,
-        partial(_from_moments, size=size),
-        moments.accumulate,
+        dtype=torch.float32,
+        part=moments.Moment,
+        coefficients=partial(_from_moments, size=size),
+        accumulate=moments.accumulate,
         state_bytes=4,
         fixed_bytes=4 * size,
         size=size,
@@ -122,13 +123,15 @@ def _sketch(size: int) -> SketchEncoding:
 
 ROW_ENCODINGS: dict[str, RowEncoding] = {
     "bf16": RowEncoding(
-        torch.bfloat16,
-        sparse.SparseIncrement,
-        _from_last,
-        sparse.accumulate,
+        dtype=torch.bfloat16,
+        part=sparse.SparseIncrement,
+        coefficients=_from_last,
+        accumulate=sparse.accumulate,
         state_bytes=2,
         row_bytes=lambda change_rate: 4 * change_rate,
         anchor_is_last=True,
+        error_bound=lambda increment: 0.0,
+        sizes=lambda numels: {},  # known when the changes are
         encode=sparse.encode,
         advance=sparse.advance,
         dots=sparse.dots,

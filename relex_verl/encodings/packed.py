@@ -121,7 +121,6 @@ class StoredStep(Generic[Increment]):
         self._mapped: PackedStep[Increment] = self._map()
         self._read = 0
         self._bytes: list[int] = self._mapped.bytes_of_tensors().tolist()
-        self.nbytes = self._mapped.nbytes
 
     def _map(self) -> PackedStep[Increment]:
         with safe_open(self.path, framework="pt") as handle:
@@ -134,3 +133,7 @@ class StoredStep(Generic[Increment]):
         increment = self._mapped.increment(tensor)
         self._read += self._bytes[tensor]
         return increment
+
+    def bytes_of_tensors(self) -> torch.Tensor:
+        """Bytes of each tensor's increment, (L,) int64."""
+        return torch.tensor(self._bytes)

@@ -8,8 +8,8 @@ and at least 99.99 % of the predicted bfloat16 weights. An interrupted pass goes
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -144,24 +144,32 @@ def ingest(
         if begun is None and not options.any_base:
             check_same_origin(base, first, list(layout.shapes))
         encoding = options.encoding(layout, folder, begun.index.encoding if begun else None)
-        existed = out.exists()
         observer = Observer(out, base_model, layout.aliases, {"ingested_from": source}, encoding)
-        try:
+        with _nothing_half_written(out, observer):
             observer.start(CheckpointSource(base.folder, layout.shapes))
             observer.open(begun.steps[-1] if begun else 0)
-            _keep_on_disk(observer)
+            observer.reopen_base()
+            _leave_to_disk(observer)
             for one in todo:
                 if one is not todo[0]:
                     opened.close()  # of the step before
                     folder = opened.enter_context(one.opened(options.allow_pickle, workspace))
                 progress(_observe(observer, one, Checkpoint(folder, one.called), layout))
-        except BaseException as error:
-            if begun is None and not observer.steps:
-                shutil.rmtree(out, ignore_errors=True)
-                if existed:
-                    out.mkdir(exist_ok=True)
-            raise _in_words(error, observer.steps, out) from error
     return observer.trajectory
+
+
+@contextmanager
+def _nothing_half_written(out: Path, observer: Observer) -> Iterator[None]:
+    """On an error before the first committed step, `out` is as it was; committed ones stay."""
+    existed, before = out.exists(), recorded_steps(out)
+    try:
+        yield
+    except BaseException as error:
+        if not (before or observer.steps):
+            shutil.rmtree(out, ignore_errors=True)
+            if existed:
+                out.mkdir(exist_ok=True)
+        raise _in_words(error, observer.steps or before, out) from error
 
 
 def recorded_steps(out: Path) -> list[int]:
@@ -176,18 +184,14 @@ def _observe(observer: Observer, one: Found, checkpoint: Checkpoint, layout: Lay
         observation = observer.observe(one.step, CheckpointSource(checkpoint.folder, layout.shapes))
     except ValueError as error:
         raise IngestError(f"{one.called}: {error}") from error
-    rows = observer.collector
-    assert isinstance(rows, RowCollector)
-    rows.packed[-1] = observer.trajectory.stored(0, one.step)  # type: ignore[call-overload]
+    _leave_to_disk(observer)
     return observation
 
 
-def _keep_on_disk(observer: Observer) -> None:
-    """Let go of what a one-process pass need not hold: the pages of the base, and the increments of earlier steps."""
-    observer.reopen_base()
-    rows = observer.collector
-    assert isinstance(rows, RowCollector)
-    rows.packed = [observer.trajectory.stored(0, step) for step in observer.steps]  # type: ignore[misc]
+def _leave_to_disk(observer: Observer) -> None:
+    """Let go of the increments that a one-process pass need not hold."""
+    assert isinstance(observer.collector, RowCollector)
+    observer.collector.leave_to_disk(observer.trajectory, 0)
 
 
 def _common_layout(
