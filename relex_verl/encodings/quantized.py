@@ -51,12 +51,15 @@ class QuantizedIncrement:
             return self.code[start : -(-stop // GROUP) * GROUP].to(device).float().view(-1, GROUP)
         return _grouped(self.code[start:stop].to(device))
 
-    def change(self, start: int, stop: int) -> torch.Tensor:
-        """The change of the elements [start, stop), (stop - start,) float64 on the host."""
-        codes = self.codes(start, stop, torch.device("cpu")).double()
+    def added_to(self, state: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """`state` and the change of the elements [start, stop), summed in float64; (stop - start,) on the host."""
+        if self.bits == 8:  # not by way of float32
+            codes = self.code[start : -(-stop // GROUP) * GROUP].double().view(-1, GROUP)
+        else:
+            codes = self.codes(start, stop, torch.device("cpu")).double()
         if self.bits:
             codes *= self.scale[start // GROUP : -(-stop // GROUP)].double().unsqueeze(1)
-        return codes.flatten()[: stop - start]
+        return codes.flatten()[: stop - start].add_(state)
 
 
 def _chunks(numel: int) -> Iterator[tuple[int, int]]:
@@ -107,8 +110,8 @@ def encode(state: torch.Tensor, new: torch.Tensor, bits: int = 8) -> QuantizedIn
             codes.append(change.cpu())
             continue
         scale = largest / LEVELS[bits]
-        code = torch.where(scale.unsqueeze(1) > 0, groups / scale.unsqueeze(1), 0.0).round().flatten()
-        code = code.clamp_(-LEVELS[bits], LEVELS[bits])  # a subnormal scale has few digits
+        groups /= torch.where(scale > 0, scale, 1.0).unsqueeze(1)
+        code = groups.round_().clamp_(-LEVELS[bits], LEVELS[bits]).flatten()  # a subnormal scale has few digits
         codes.append((_pack(code) if bits == 4 else code.to(torch.int8)).cpu())
         scales.append(scale.cpu())
     return QuantizedIncrement(torch.cat(codes), torch.cat(scales))
@@ -129,7 +132,7 @@ def advance(state: torch.Tensor, increment: QuantizedIncrement) -> None:
         increment: e_t.
     """
     for start, stop in _chunks(len(state)):
-        state[start:stop] = (state[start:stop].double() + increment.change(start, stop)).float()
+        state[start:stop] = increment.added_to(state[start:stop], start, stop)
 
 
 def dots(increments: Sequence[QuantizedIncrement], numel: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -185,7 +188,7 @@ def accumulate(
         begin = origin[start:stop].cpu().double()
         state, total = begin.clone(), begin.clone()
         for increment, weight in zip(increments, weights, strict=True):
-            state = (state + increment.change(start, stop)).float().double()  # as `advance` does
+            state = increment.added_to(state, start, stop).float().double()  # as `advance` does
             total.add_(state - begin, alpha=weight)
         predicted[start:stop] = total.to(dtype)
     return predicted

@@ -7,8 +7,9 @@ Runs the product's own `Observer` in a process of its own for each encoding, and
 row, as a ratio to reading both shards once in the same process; and the host memory that following takes for each
 parameter, at its peak and after the last row, beside what `relex_verl.budget` promises. Memory is anonymous memory above
 that of the weights themselves (pages of files are the system's); it is measured at two sizes, so that what the libraries
-and the allocator take once (100 to 150 MB) does not count. Ratios and bytes of one run; exits with 1 when the peak is more than promised and one byte for
-what a step has in hand, or memory after the last row for fp32-int8 more than 4 + 1.1 x rows bytes.
+and the allocator take once (100 to 150 MB) does not count. Ratios and bytes of one run; exits with 1 when the peak is more
+than promised and one byte for what a step has in hand, or memory after the last row for fp32-int8 more than
+4 + 1.1 x rows bytes.
 """
 
 import argparse
