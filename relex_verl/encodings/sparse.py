@@ -109,7 +109,8 @@ def encode(old: torch.Tensor, new: torch.Tensor) -> SparseIncrement:
 def _encode_chunk(old: torch.Tensor, new: torch.Tensor, start: int) -> tuple[torch.Tensor, ...]:
     new = new.to(torch.bfloat16)
     position = _changed(old.view(torch.int16), new.contiguous().view(torch.int16))
-    before, after = old[position], new[position]
+    # Gathers are `index_select`: advanced indexing takes three times as long.
+    before, after = old.index_select(0, position), new.index_select(0, position)
     if not after.isfinite().all():
         raise ValueError("weights are not finite (NaN or infinity): the training run itself has diverged")
     change = after.double() - before.double()
@@ -118,16 +119,17 @@ def _encode_chunk(old: torch.Tensor, new: torch.Tensor, start: int) -> tuple[tor
     # change to -0 must be kept aside, since x + (-x) is +0.
     replays = before.float() + value.float() == after.float()
     regular = (value.double() == change) & replays & (value != 0) & (after.view(torch.int16) != -(2**15))
-    entries, odd = position[regular], ~regular
+    kept, odd = regular.nonzero().flatten(), (~regular).nonzero().flatten()
+    entries = position.index_select(0, kept)
     block_ends = (torch.arange(-(-len(new) // BLOCK), device=new.device) + 1) * BLOCK
     count = torch.searchsorted(entries, block_ends).diff(prepend=block_ends.new_zeros(1))
     return (
         count.to(torch.int32).cpu(),
         (entries & 0xFFFF).to(torch.int16).cpu(),
-        value[regular].cpu(),
-        (position[odd] + start).cpu(),
-        before[odd].cpu(),
-        after[odd].cpu(),
+        value.index_select(0, kept).cpu(),
+        (position.index_select(0, odd) + start).cpu(),
+        before.index_select(0, odd).cpu(),
+        after.index_select(0, odd).cpu(),
     )
 
 
@@ -139,8 +141,9 @@ def _changed(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         old_words, new_words = old[:ends].view(torch.int64), new[:ends].view(torch.int64)
         differing = (old_words != new_words).nonzero().flatten()
         if len(differing) < words // WORD:
-            within = (old_words[differing] ^ new_words[differing]).view(torch.int16).nonzero().flatten()
-            position = differing[within >> 2] * WORD + (within & (WORD - 1))
+            changed_words = old_words.index_select(0, differing) ^ new_words.index_select(0, differing)
+            within = changed_words.view(torch.int16).nonzero().flatten()
+            position = differing.index_select(0, within >> 2) * WORD + (within & (WORD - 1))
             tail = (old[ends:] != new[ends:]).nonzero().flatten() + ends
             return torch.cat([position, tail])
     return (old != new).nonzero().flatten()
@@ -172,13 +175,15 @@ def dots(increments: Sequence[SparseIncrement], numel: int, device: torch.device
         if not len(position):
             continue
         dense = _scratch(device)
-        dense[position] = change
+        dense.index_copy_(0, position.long(), change)
         now = torch.zeros(stop - start, dtype=torch.bool, device=device)
-        now[position] = True
+        now.index_fill_(0, position.long(), True)
         # Few elements change in both steps: only their products are formed.
         step, positions, changes = _in_both(increments, now, start, stop)
         lengths = torch.bincount(step, minlength=len(increments))
-        row_T += torch.segment_reduce(dense[positions] * changes, "sum", lengths=lengths, initial=0, unsafe=True)
+        row_T += torch.segment_reduce(
+            dense.index_select(0, positions) * changes, "sum", lengths=lengths, initial=0, unsafe=True
+        )
     return row_T.cpu()
 
 
@@ -206,9 +211,10 @@ def _in_both(
     odd_ends = torch.tensor([one.numel() for one, _ in odd], device=device).cumsum(0)
     step = torch.cat([step, torch.searchsorted(odd_ends, odd_hit, right=True)])
     step, order = step.sort(stable=True)
-    position = torch.cat([position[hit], odd_position[odd_hit]])[order]
-    change = torch.cat([value[hit].double(), torch.cat([exact for _, exact in odd]).to(device)[odd_hit]])[order]
-    return step, position, change
+    odd_exact = torch.cat([exact for _, exact in odd]).to(device)
+    position = torch.cat([position.index_select(0, hit), odd_position.index_select(0, odd_hit)])
+    change = torch.cat([value.index_select(0, hit).double(), odd_exact.index_select(0, odd_hit)])
+    return step, position.index_select(0, order), change.index_select(0, order)
 
 
 def accumulate(
@@ -249,5 +255,6 @@ def advance(state: torch.Tensor, increment: SparseIncrement) -> None:
     position = offset.repeat_interleave(increment.block_count.long())
     position += increment.index.to(torch.int64) & 0xFFFF
     # old + (new - old) with an exact difference is exact in float32.
-    state[position] = (state[position].float() + increment.value.float()).to(torch.bfloat16)
+    changed = (state.index_select(0, position).float() + increment.value.float()).to(torch.bfloat16)
+    state.index_copy_(0, position, changed)
     state[increment.exception_index] = increment.exception_new

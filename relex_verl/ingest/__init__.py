@@ -25,7 +25,8 @@ from relex_verl.ingest.checkpoints import (
     select_steps,
     within,
 )
-from relex_verl.ingest.layout import Checkpoint, CheckpointSource, Layout, check_same_origin, check_tied
+from relex_verl.ingest.layout import Checkpoint, Layout, check_same_origin, check_tied
+from relex_verl.ingest.source import CheckpointSource
 from relex_verl.observer import Observation, Observer
 from relex_verl.trajectory import Trajectory, step_ranges
 

@@ -1,8 +1,7 @@
 """What the checkpoints of one run have in common with their base: names, shapes, types and tied tensors, from headers."""
 
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -12,17 +11,12 @@ from safetensors import SafetensorError
 
 from relex_verl.hf_checkpoint import INDEX_NAME, BaseCheckpoint
 from relex_verl.ingest.checkpoints import IngestError
-from relex_verl.shards import TensorShard, whole
 
-__all__ = ["Checkpoint", "CheckpointSource", "Layout", "check_same_origin", "check_tied"]
+__all__ = ["Checkpoint", "Layout", "check_same_origin", "check_tied"]
 
 FLOATS = ("BF16", "F16", "F32", "F64")
 TIED = "lm_head.weight"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
-# Bytes read before the files are mapped anew, so that their pages do not pile up in this process's memory.
-RELEASE = 128 * 2**20
-AHEAD = 256 * 2**20  # bytes of a file that are asked for before they are read
-PIECE = 2**20  # at a time: Linux cuts a larger request down to what its device takes
 # An RL run moves weights by 1e-4 to 1e-2 of their norm. What lies further away needs somebody who vouches for it.
 FAR = 0.03
 SAMPLE = 2**22  # elements of each of the SAMPLED largest tensors
@@ -153,46 +147,6 @@ def _check_names(wanted: set[str], there: set[str], base: Checkpoint, first: Che
             f"{first.called} {' and '.join(said)} ({len(missing) + len(unknown)} such tensors): "
             f"{base.folder} is not the model that this run started from"
         )
-
-
-class CheckpointSource:
-    """One checkpoint as a `ShardSource`: whole tensors, one at a time, memory-mapped, read from disk ahead of their use."""
-
-    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.folder, self.shapes = folder, shapes
-
-    def __iter__(self) -> Iterator[TensorShard]:
-        checkpoint, mapped = BaseCheckpoint(self.folder), 0
-        ahead = _ReadAhead()
-        for name, shape in self.shapes.items():
-            data = checkpoint.read(name).flatten()
-            ahead.use(self.folder / checkpoint.entries[name].file, data.nbytes)
-            mapped += data.nbytes
-            yield TensorShard(name, shape, whole(shape), data)
-            if mapped > RELEASE:
-                checkpoint, mapped = BaseCheckpoint(self.folder), 0
-
-
-class _ReadAhead:
-    """Asks the system for what comes next in a file, so that the disk works while we compute.
-
-    Only a hint: files hold their tensors nearly in the order of their names, in which we read them.
-    """
-
-    def __init__(self) -> None:
-        self._used: dict[Path, int] = {}  # file -> bytes that were read
-        self._asked: dict[Path, int] = {}
-
-    def use(self, file: Path, size: int) -> None:
-        """So many bytes of this file are being read."""
-        self._used[file] = self._used.get(file, 0) + size
-        asked, wanted = self._asked.get(file, 0), self._used[file] + AHEAD
-        if wanted - asked < AHEAD // 2:
-            return
-        self._asked[file] = wanted
-        with open(file, "rb") as stream:
-            for at in range(asked, min(wanted, os.fstat(stream.fileno()).st_size), PIECE):
-                os.posix_fadvise(stream.fileno(), at, PIECE, os.POSIX_FADV_WILLNEED)
 
 
 def check_same_origin(base: Checkpoint, checkpoint: Checkpoint, names: Sequence[str]) -> None:

@@ -3,8 +3,8 @@
 Makes a Llama-shaped base and checkpoints in which a share of the weights changes at every step, then, each in its own
 process: reads base and checkpoints with safetensors (every tensor copied into memory), and runs ingest + extrapolate; the
 files on disk (out of the page cache), as those of a finished run are, and both on one thread. Prints seconds, processor
-seconds and the peak of resident memory (file pages included) at three sizes; the faster of two tries, since other work on
-the machine only slows.
+seconds and the peak of resident memory (file pages included) at three sizes: medians of three tries, and of their ratios,
+each of a reading and the work right after it, since a disk that others use is now fast and now slow.
 
 Exits with 1 when the largest size takes more than 3 times as long as reading or peaks above 1.5 GB, or when a parameter
 costs half as much again at one size as at another (a small one has as many tensors, and something to do for each).
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 
 import torch
 from safetensors.torch import save_file
@@ -104,13 +105,13 @@ def bench(elements: float, given: argparse.Namespace) -> tuple[float, float, flo
         count = make(root, elements, steps, given.rate, DTYPES[given.dtype])
         how = (root, steps, cold, given.threads)
         tries = [(measure(READ, *how), measure(WORK, *how)) for _ in range(given.tries)]
-    read, work = (min((one[i] for one in tries), key=lambda times: times[0]) for i in (0, 1))
-    peak = max(one[1][2] for one in tries)
-    times, each = work[0] / read[0], min(one[1][1] for one in tries) / count / steps * 1e9
+    read, work = ([median(one[i][k] for one in tries) for k in range(3)] for i in (0, 1))
+    ratios, peak = [work[0] / read[0] for read, work in tries], max(one[1][2] for one in tries)
+    times, each = median(ratios), work[1] / count / steps * 1e9
     print(
         f"{count / 1e6:6.1f} M {given.dtype}, {steps} steps: read {read[0]:.2f} s ({read[1]:.2f} of a processor), "
-        f"ingest + extrapolate {work[0]:.2f} s ({work[1]:.2f}): {times:.2f} times as long, "
-        f"{each:.2f} processor ns a parameter and step, peak {peak:.2f} GB",
+        f"ingest + extrapolate {work[0]:.2f} s ({work[1]:.2f}): {times:.2f} times as long ({min(ratios):.2f} to "
+        f"{max(ratios):.2f}), {each:.2f} processor ns a parameter and step, peak {peak:.2f} GB",
         flush=True,
     )
     return times, peak, each
@@ -123,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rate", type=float, default=0.01, help="share of the bf16 weights that change a step")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--tries", type=int, default=2)
+    parser.add_argument("--tries", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--cached", action="store_true", help="leave the files in the page cache: no verdict on the time"
