@@ -22,6 +22,7 @@ FLOORS = [
         "collectors",
         "budget",
         "hf_checkpoint",
+        "parallel",
     },
     {"collectives", "tracking", "plots", "report"},
     {"observer", "assembly", "opening", "prediction", "ingest", "analysis", "sharing", "cli", "baselines"},

@@ -7,7 +7,7 @@ an element is an exception and keeps both its old and its new value. Nothing is 
 gives back every observed weight bit for bit.
 """
 
-import functools
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ BLOCK = 65_536
 # grows with the tensor. A multiple of BLOCK.
 CHUNK = 64 * BLOCK
 WORD = 4  # bfloat16 values in an int64
+_LOCAL = threading.local()
 
 
 @dataclass(frozen=True)
@@ -149,10 +150,12 @@ def _changed(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     return (old != new).nonzero().flatten()
 
 
-@functools.cache
 def _scratch(device: torch.device) -> torch.Tensor:
-    """(CHUNK,) float64 that is never cleared: fresh memory for every chunk would cost more than the work itself."""
-    return torch.empty(CHUNK, dtype=torch.float64, device=device)
+    """(CHUNK,) float64, this thread's, never cleared: fresh memory for every chunk would cost more than the work itself."""
+    mine = vars(_LOCAL)
+    if str(device) not in mine:
+        mine[str(device)] = torch.empty(CHUNK, dtype=torch.float64, device=device)
+    return mine[str(device)]
 
 
 def dots(increments: Sequence[SparseIncrement], numel: int, device: torch.device | str = "cpu") -> torch.Tensor:

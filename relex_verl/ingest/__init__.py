@@ -28,6 +28,7 @@ from relex_verl.ingest.checkpoints import (
 from relex_verl.ingest.layout import Checkpoint, Layout, check_same_origin, check_tied
 from relex_verl.ingest.source import CheckpointSource
 from relex_verl.observer import Observation, Observer
+from relex_verl.parallel import all_processors
 from relex_verl.trajectory import Trajectory, step_ranges
 
 __all__ = [
@@ -146,7 +147,7 @@ def ingest(
             check_same_origin(base, first, list(layout.shapes))
         encoding = options.encoding(layout, folder, begun.index.encoding if begun else None)
         observer = Observer(out, base_model, layout.aliases, {"ingested_from": source}, encoding)
-        with _nothing_half_written(out, observer):
+        with _nothing_half_written(out, observer), all_processors() as _rows(observer).threads:
             observer.start(CheckpointSource(base.folder, layout.shapes))
             observer.open(begun.steps[-1] if begun else 0)
             observer.reopen_base()
@@ -191,8 +192,12 @@ def _observe(observer: Observer, one: Found, checkpoint: Checkpoint, layout: Lay
 
 def _leave_to_disk(observer: Observer) -> None:
     """Let go of the increments that a one-process pass need not hold."""
+    _rows(observer).leave_to_disk(observer.trajectory, 0)
+
+
+def _rows(observer: Observer) -> RowCollector:
     assert isinstance(observer.collector, RowCollector)
-    observer.collector.leave_to_disk(observer.trajectory, 0)
+    return observer.collector
 
 
 def _common_layout(

@@ -1,10 +1,10 @@
 """Ingest and extrapolate against only reading: `.venv/bin/python tests/benchmarks/bench_ingest.py [--millions 140]`.
 
 Makes a Llama-shaped base and checkpoints in which a share of the weights changes at every step, then, each in its own
-process: reads base and checkpoints with safetensors (every tensor copied into memory), and runs ingest + extrapolate; the
-files on disk (out of the page cache), as those of a finished run are, and both on one thread. Prints seconds, processor
-seconds and the peak of resident memory (file pages included) at three sizes: medians of three tries, and of their ratios,
-each of a reading and the work right after it, since a disk that others use is now fast and now slow.
+process: reads base and checkpoints with safetensors (every tensor copied into memory, one after another), and runs ingest +
+extrapolate as the commands do; the files on disk (out of the page cache), as those of a finished run are. Prints seconds,
+processor seconds and the peak of resident memory (file pages included) at three sizes: medians of three tries, and of their
+ratios, each of a reading and the work right after it, since a disk that others use is now fast and now slow.
 
 Exits with 1 when the largest size takes more than 3 times as long as reading or peaks above 1.5 GB, or when a parameter
 costs half as much again at one size as at another (a small one has as many tensors, and something to do for each).
@@ -47,7 +47,6 @@ MEASURE = """
 import relex_verl.cli.environment
 import json, os, resource, time
 import torch, safetensors.torch, relex_verl.ingest
-torch.set_num_threads({threads})
 begin, processor = time.perf_counter(), time.process_time()
 {body}
 used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -85,7 +84,7 @@ def make(root: Path, elements: float, steps: int, rate: float, dtype: torch.dtyp
     return sum(tensor.numel() for tensor in weights.values())
 
 
-def measure(body: str, root: Path, steps: int, cold: bool, threads: int) -> list[float]:
+def measure(body: str, root: Path, steps: int, cold: bool) -> list[float]:
     """Seconds, processor seconds, peak GB of a fresh process."""
     for folder in ("trajectory", "predicted"):
         shutil.rmtree(root / folder, ignore_errors=True)
@@ -93,7 +92,7 @@ def measure(body: str, root: Path, steps: int, cold: bool, threads: int) -> list
         with open(path, "rb") as stream:
             os.fsync(stream.fileno())
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    code = MEASURE.format(body=body.format(root=root, steps=steps), threads=threads)
+    code = MEASURE.format(body=body.format(root=root, steps=steps))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -103,7 +102,7 @@ def bench(elements: float, given: argparse.Namespace) -> tuple[float, float, flo
     with tempfile.TemporaryDirectory(prefix="bench-ingest-", dir=given.dir) as temporary:
         root, steps, cold = Path(temporary), given.steps, not given.cached
         count = make(root, elements, steps, given.rate, DTYPES[given.dtype])
-        how = (root, steps, cold, given.threads)
+        how = (root, steps, cold)
         tries = [(measure(READ, *how), measure(WORK, *how)) for _ in range(given.tries)]
     read, work = ([median(one[i][k] for one in tries) for k in range(3)] for i in (0, 1))
     ratios, peak = [work[0] / read[0] for read, work in tries], max(one[1][2] for one in tries)
@@ -125,13 +124,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rate", type=float, default=0.01, help="share of the bf16 weights that change a step")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--tries", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--cached", action="store_true", help="leave the files in the page cache: no verdict on the time"
     )
     parser.add_argument("--dir", type=Path, help="where the files go: on the disk to be measured")
     given = parser.parse_args(arguments)
-    print(f"{os.cpu_count()} processors, {given.threads} threads, load {os.getloadavg()[0]:.1f}", flush=True)
+    print(f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}", flush=True)
     found = [bench(given.millions / share * 1e6, given) for share in (4, 2, 1)]
     (times, peak, _), each = found[-1], [one[2] for one in found]
     wrong = []
