@@ -147,7 +147,8 @@ def ingest(
             check_same_origin(base, first, list(layout.shapes))
         encoding = options.encoding(layout, folder, begun.index.encoding if begun else None)
         observer = Observer(out, base_model, layout.aliases, {"ingested_from": source}, encoding)
-        with _nothing_half_written(out, observer), all_processors() as _rows(observer).threads:
+        with _nothing_half_written(out, observer), all_processors() as threads:
+            _rows(observer).threads = threads
             observer.start(CheckpointSource(base.folder, layout.shapes))
             observer.open(begun.steps[-1] if begun else 0)
             observer.reopen_base()
