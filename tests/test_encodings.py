@@ -92,6 +92,23 @@ def test_bf16_replay_is_exact_to_the_bit(rows: list[tuple[float, float, float]])
     torch.testing.assert_close(row, torch.stack([last @ first, last @ last]), rtol=1e-12, atol=1e-300)
 
 
+@pytest.mark.parametrize("name", list(ROW_ENCODINGS))
+@pytest.mark.parametrize("offset", [1, 2, 3])
+def test_a_shard_may_begin_anywhere_in_a_block_of_states(name: str, offset: int) -> None:
+    """Four bfloat16 weights are compared at a time, and a shard of odd length lets the next one begin within a word."""
+    encoding, generator = ROW_ENCODINGS[name], torch.Generator().manual_seed(offset)
+    block = torch.randn(1000 + offset, generator=generator).to(encoding.dtype)
+    state, alone = block[offset:], block[offset:].clone()
+    new = alone.clone()
+    new[torch.randperm(1000, generator=generator)[:40]] *= 1.01
+    increment, expected = encoding.encode(state, new), encoding.encode(alone, new)
+    assert all(torch.equal(getattr(increment, one), getattr(expected, one)) for one in vars(expected))
+    encoding.advance(state, increment)
+    encoding.advance(alone, expected)
+    assert torch.equal(state, alone)
+    assert increment.changed > 0
+
+
 def test_signed_zero_is_kept_but_is_no_change() -> None:
     old, new = torch.tensor([0.0, 1.0]).bfloat16(), torch.tensor([-0.0, 1.0]).bfloat16()
     increment = sparse.encode(old, new)
