@@ -104,10 +104,9 @@ class Observer:
             self._states = torch.empty(sum(sizes), dtype=self.encoding.dtype)
             states = self._states.split(sizes)
             held = {name: Held(*where, state) for (name, where), state in zip(mine.items(), states, strict=True)}
-            for shard in shards:
-                if shard.name in held:
-                    held[shard.name].state.copy_(shard.data.detach())
             self.collector.begin(held, len(self.shapes))
+            for _, one, data in self._counted(shards):
+                one.state.copy_(data)
             self.stored_L = torch.zeros(len(self.shapes), dtype=torch.float64)
 
     def open(self, step: int) -> None:
@@ -205,17 +204,17 @@ class Observer:
                 self.trajectory.write_index()
 
     def _counted(self, shards: Iterator[TensorShard]) -> Iterator[tuple[int, Held, torch.Tensor]]:
-        """The shards that this rank counts, with their positions: all of them, in the same order as at the start."""
+        """The shards that this rank counts, with their positions: all of them, in the same order as before."""
         names, i = list(self.held), 0
         for shard in shards:
             if shard.name not in self.held:
                 continue
             if i == len(names) or shard.name != names[i] or shard.placement != self.held[names[i]].placement:
-                raise ValueError(f"{shard.name}: the engine cuts or orders its weights otherwise than at the start")
+                raise ValueError(f"{shard.name}: the engine cuts or orders its weights otherwise than before")
             yield i, self.held[shard.name], shard.data.detach()
             i += 1
         if i != len(names):
-            raise ValueError(f"the engine handed out {i} of the {len(names)} shards that it had at the start")
+            raise ValueError(f"the engine handed out {i} of the {len(names)} shards that it had before")
 
     def _rows_held(self) -> list[int]:
         """Positions in the stacks of the tensors that this rank holds."""

@@ -1,11 +1,13 @@
 """The pipeline below verl, on one process and on two gloo ranks, against dense float64 computations."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from fakes import DriftingModel, RankSource
 from pipeline import PREDICTION, RUN, STEPS, on_two_ranks, train, train_rank, weights_of
+from recorded import random_weights, write_base
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -13,6 +15,7 @@ from relex_verl import replay
 from relex_verl.collectives import PeerError
 from relex_verl.observer import Observer
 from relex_verl.prediction import extrapolate, write_checkpoint
+from relex_verl.shards import TensorShard, whole
 from relex_verl.trajectory import Trajectory
 
 
@@ -167,3 +170,39 @@ def leave_a_gap(rank: int, world: int, base: Path, out: Path) -> None:
 
 def test_a_gap_between_the_shards_is_refused(base: Path, tmp_path: Path) -> None:
     on_two_ranks(leave_a_gap, base, tmp_path)
+
+
+class Fickle:
+    """An engine that hands out its weights in another way from some pass on: to name them, to copy them, then each step."""
+
+    def __init__(self, weights: dict[str, torch.Tensor], change: str, at: int) -> None:
+        self.weights, self.change, self.left = weights, change, at
+
+    def __iter__(self) -> Iterator[TensorShard]:
+        self.left -= 1
+        names = list(self.weights)
+        if self.left < 0:
+            names = {"lost": names[:-1], "order": names[::-1], "twice": [*names, names[0]]}[self.change]
+        for name in names:
+            yield TensorShard(
+                name, tuple(self.weights[name].shape), whole(self.weights[name].shape), self.weights[name].flatten()
+            )
+
+
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize(
+    ("change", "says"), [("lost", "handed out 5 of the 6"), ("order", "orders its"), ("twice", "orders its")]
+)
+def test_weights_that_come_in_another_way_are_refused(tmp_path: Path, change: str, says: str, at: int) -> None:
+    weights = random_weights()
+    observer = Observer(tmp_path / "trajectory", str(write_base(tmp_path / "base", weights)), {}, {}, "fp32-int8")
+    source = Fickle(weights, change, at)
+    with pytest.raises(ValueError, match=says):
+        observe_a_step(observer, source)
+    assert observer.steps == []
+
+
+def observe_a_step(observer: Observer, source: Fickle) -> None:
+    observer.start(source)
+    observer.open(0)
+    observer.observe(1, source)
