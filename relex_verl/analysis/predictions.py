@@ -108,7 +108,8 @@ def _distinct(trajectory: Trajectory, cuts: Sequence[int]) -> dict[int, list[int
     rows_of: dict[int, list[int]] = {}
     for cut in cuts:
         steps = observed_until(trajectory, cut)
-        for other in (other for other, seen in rows_of.items() if seen == steps):
+        other = next((other for other, seen in rows_of.items() if seen == steps), None)
+        if other is not None:
             raise ValueError(
                 f"--t-cut {other} and {cut} see the same observed steps, the last of them {steps[-1]}: give one"
             )

@@ -94,6 +94,7 @@ class RelexCallback:
             config=self.config,
             plans=self.schedule.plans,
             predictions=len(self.schedule.predictions) + 1,  # the search may find one that is not a target
+            output_dir=self._output.path,
             base_model=self._base_model,
             run={"project": self._trainer.project_name, "experiment": self._trainer.experiment_name},
         )

@@ -42,6 +42,7 @@ class Setup:
         config: the checked `relex` node.
         plans: the first cut, for each kind of trajectory.
         predictions: checkpoints to be written.
+        output_dir: of the configuration, made absolute by the driver: a worker may stand in another folder.
         base_model: folder or Hub id of the base model.
         run: what identifies the run.
     """
@@ -49,6 +50,7 @@ class Setup:
     config: RelexConfig
     plans: dict[str, Plan]
     predictions: int
+    output_dir: Path
     base_model: str
     run: dict[str, Any]
 
@@ -99,7 +101,7 @@ class _RelexWorkerMixin:
             self._relex_setup, self._relex_cost = setup, ""
             self._relex_source = EngineSource(engine, master=self._relex_kind != "bf16" and reason is None)
             encoding = encoding_name(self._relex_kind, config.quantization, config.sketch_size)
-            folder, aliases = config.folder / "trajectory", self._relex_source.aliases
+            folder, aliases = setup.output_dir / "trajectory", self._relex_source.aliases
             self._relex = Observer(folder, setup.base_model, aliases, setup.run, encoding)
         self._relex.start(self._relex_source, admit=self._admit)
         return self._relex_kind, reason, self._relex_cost
@@ -157,7 +159,7 @@ class _RelexWorkerMixin:
         self, names: list[str], gram_LTT: torch.Tensor, steps: list[int], methods: list[str], targets: list[int]
     ) -> dict[str, Path]:
         """Pictures of the window; a plotting library that fails costs nothing but them."""
-        folder, smoothed = self._relex_setup.config.folder / "figures", self._relex.energy() is not None
+        folder, smoothed = self._relex_setup.output_dir / "figures", self._relex.energy() is not None
         try:
             return report.window_figures(folder, names, gram_LTT, steps, targets, methods, smoothed)
         except Exception:
@@ -245,12 +247,12 @@ class _RelexWorkerMixin:
         with collectives.together():
             budget.check_memory(need.memory - held, available, len(here), later)
             if collectives.rank() == 0:
-                budget.check_disk(need, setup.config.folder)
+                budget.check_disk(need, setup.output_dir)
         return (
             f"{total:.3g} parameters on {len(everyone)} ranks, {rows} rows of {self._relex.encoding_name}: about "
             f"{budget.gib(need.memory)} of host memory on this node ({budget.gib(available)} available), "
             f"{budget.gib(need.trajectory)} of trajectory and {budget.gib(need.predictions)} of predictions in "
-            f"{setup.config.folder}"
+            f"{setup.output_dir}"
         )
 
 

@@ -18,8 +18,7 @@ def test_it_runs(tmp_path, capsys):
         ((3.1, 1.4, 4.0), [], "3.10 times as long as reading"),
         ((3.1, 1.4, 4.0), ["--cached"], "within all bounds"),
         ((2.9, 1.6, 4.0), [], "1.60 GB is more than 1.5"),
-        ((2.9, 1.4, 2.6), [], "not linear: 2.60 to 4.00"),
-        ((2.9, 1.4, 6.1), [], "not linear: 4.00 to 6.10"),
+        ((2.9, 1.4, 6.1), [], "not linear: 4.00, then 6.10"),
     ],
 )
 def test_what_is_out_of_bounds_fails(monkeypatch, capsys, largest, arguments, says):

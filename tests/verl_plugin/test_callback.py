@@ -199,6 +199,14 @@ def test_only_the_configured_trajectory_is_planned(tmp_path: Path) -> None:
     assert {kind: (plan.rows, plan.observe_every) for kind, plan in workers.setup.plans.items()} == {"bf16": (30, 1)}
 
 
+def test_ranks_are_told_where_the_driver_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative folder means the driver's: a worker on another node may stand somewhere else."""
+    monkeypatch.chdir(tmp_path)
+    _, workers = started(tmp_path / "runs" / "relex", output_dir="runs/relex")
+    monkeypatch.chdir("/")
+    assert workers.setup.output_dir == tmp_path / "runs" / "relex"
+
+
 def test_a_fallback_is_planned_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "relex_verl"):
         callback, workers = started(
