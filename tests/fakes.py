@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from relex_verl.shards import Placement, TensorShard, block_placement, whole
+from relex_verl.trajectory.shards import Placement, TensorShard, block_placement, whole
 
 
 def tiny_base(folder: Path, tied: bool = False, shard_size: str = "5GB", dtype: torch.dtype = torch.bfloat16) -> Path:

@@ -9,11 +9,11 @@ import torch.multiprocessing as mp
 from fakes import DriftingModel, RankSource, tiny_base
 from safetensors.torch import load_file, save_file
 
-from relex_verl.hf_checkpoint import BaseCheckpoint
-from relex_verl.ingest import Options, find_checkpoints, ingest, select_steps
-from relex_verl.observer import Observer
-from relex_verl.prediction import Prediction, extrapolate
-from relex_verl.trajectory import Trajectory
+from relex_verl.offline.ingest import Options, find_checkpoints, ingest, select_steps
+from relex_verl.pipeline.observer import Observer
+from relex_verl.pipeline.prediction import Prediction, extrapolate
+from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
+from relex_verl.trajectory.store import Trajectory
 
 STEPS = (1, 2, 5, 9)
 NORM = "model.norm.weight"

@@ -9,9 +9,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from fakes import DriftingModel, RankSource
 
-from relex_verl.hf_checkpoint import BaseCheckpoint
-from relex_verl.observer import Observer
-from relex_verl.prediction import Prediction
+from relex_verl.pipeline.observer import Observer
+from relex_verl.pipeline.prediction import Prediction
+from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
 
 RUN = {"project": "p", "experiment": "e"}
 STEPS = [1, 2, 3, 5, 6, 9, 10]

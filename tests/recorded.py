@@ -3,10 +3,10 @@
 import torch
 from safetensors.torch import save_file
 
-from relex_verl.encodings import ENCODINGS, PackedStep
-from relex_verl.observer import Observer
-from relex_verl.shards import TensorShard, block_placement, whole
-from relex_verl.trajectory import Trajectory, TrajectoryIndex, Window
+from relex_verl.pipeline.observer import Observer
+from relex_verl.trajectory.encodings import ENCODINGS, PackedStep
+from relex_verl.trajectory.shards import TensorShard, block_placement, whole
+from relex_verl.trajectory.store import Trajectory, TrajectoryIndex, Window
 
 SHAPES = {
     "model.embed_tokens.weight": (12, 6),

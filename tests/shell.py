@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from relex_verl.cli import app
-from relex_verl.hf_checkpoint import BaseCheckpoint
-from relex_verl.observer import Observer
+from relex_verl.pipeline.observer import Observer
+from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
 
 STEPS = (1, 2, 3, 4, 6, 8)
 

@@ -1,8 +1,9 @@
-"""Imports point downward only (module docstrings, README): read from the source, functions included."""
+"""The folders are the floors: imports point downward only, file by file, functions included, and never in a circle."""
 
 import ast
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,43 +11,40 @@ import pytest
 import relex_verl
 
 PACKAGE = Path(relex_verl.__file__).parent
+# What a room may import: rooms on the floors below it, and itself. Rooms of one floor do not know each other.
 FLOORS = [
-    {"gram", "sketch", "extrapolators", "diagnostics", "advice", "search"},
-    {
-        "config",
-        "shards",
-        "encodings",
-        "trajectory",
-        "trajectory_index",
-        "replay",
-        "collectors",
-        "budget",
-        "hf_checkpoint",
-        "parallel",
-    },
-    {"collectives", "tracking", "plots", "report"},
-    {"observer", "assembly", "opening", "prediction", "ingest", "analysis", "sharing", "cli", "baselines"},
-    {"verl_plugin"},
+    {"maths"},
+    {"trajectory", "reporting"},
+    {"pipeline"},
+    {"run", "offline"},
+    {"cli", "verl_plugin"},
 ]
-FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
-ONLY_HERE = {"torch.distributed": {"collectives"}, "verl": {"verl_plugin"}, "ray": {"verl_plugin"}, "wandb": set()}
-SOURCES = sorted(PACKAGE.rglob("*.py"))
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+# The only files, or rooms, that may use a package.
+ONLY_HERE = {
+    "torch.distributed": {"pipeline/collectives.py"},
+    "verl": {"verl_plugin"},
+    "ray": {"verl_plugin"},
+    "hydra": {"verl_plugin"},
+    "wandb": set(),
+}
+PURE = {*sys.stdlib_module_names, "torch"}  # what mathematics may import
+MOST_LINES = 300
 
 
-def module_of(path):
-    """The module or package right below relex_verl that a file belongs to; '' for relex_verl/__init__.py."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return "" if parts == ("__init__",) else parts[0]
+def sources() -> dict[str, str]:
+    """Path below the package -> text, of every file."""
+    return {str(path.relative_to(PACKAGE)): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def mentioned(source, package):
-    """Dotted names that a source file imports, wherever it does, and dotted names under torch that it uses."""
-    names = set()
+def mentioned(path: str, source: str) -> set[str]:
+    """Dotted names that a file imports, wherever it does, and dotted names under torch that it uses."""
+    package, names = ["relex_verl", *Path(path).parts[:-1]], set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            above = package[: len(package) - node.level + 1] if node.level else []
             origin = ".".join([*above, *([node.module] if node.module else [])])
             names |= {f"{origin}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch."):
@@ -56,102 +54,155 @@ def mentioned(source, package):
     return names
 
 
-def is_under(name, top):
+def file_of(name: str, files: set[str]) -> str | None:
+    """The file of this package that a dotted name stands in: that of the module, or the package's `__init__`."""
+    parts = name.split(".")[1:]
+    for length in range(len(parts), -1, -1):
+        stem = "/".join(parts[:length])
+        for candidate in (f"{stem}.py", f"{stem}/__init__.py".lstrip("/")):
+            if candidate in files:
+                return candidate
+    return None
+
+
+def uses(files: dict[str, str]) -> dict[str, set[str]]:
+    """File -> the files of this package that it imports from."""
+    known = set(files)
+    return {
+        path: {
+            found
+            for name in mentioned(path, source)
+            if name.split(".")[0] == "relex_verl" and (found := file_of(name, known)) not in (None, path)
+        }
+        for path, source in files.items()
+    }
+
+
+def is_under(name: str, top: str) -> bool:
     return name == top or name.startswith(top + ".")
 
 
-def violations(module, source, package="relex_verl"):
-    """What a source file of a module imports although it must not, in words."""
-    if module and module not in FLOOR_OF:
-        return [
-            f"relex_verl.{module} stands on no floor: decide which one and add it to FLOORS in {Path(__file__).name}"
-        ]
-    floor, wrong = FLOOR_OF.get(module, -1), []
-    for name in sorted(mentioned(source, package)):
-        for top, allowed in ONLY_HERE.items():
-            if is_under(name, top) and module not in allowed:
-                wrong.append(f"{module} uses {name}, which only {sorted(allowed) or 'nobody'} may")
-        if is_under(name, "relex_verl"):
-            other = name.partition(".")[2].partition(".")[0]
-            if other in FLOOR_OF and FLOOR_OF[other] > floor:
-                wrong.append(f"{module} (floor {floor}) imports {other} (floor {FLOOR_OF[other]}): imports point down")
-            elif other not in FLOOR_OF and other != "__version__":
-                wrong.append(f"{module} imports {name}, which stands on no floor")
-        elif floor <= 0 and name.split(".")[0] not in {*sys.stdlib_module_names, *(["torch"] if floor == 0 else [])}:
-            wrong.append(f"{module} (floor 0) imports {name}: only torch and the standard library are allowed there")
+def violations(files: dict[str, str]) -> list[str]:
+    """What files import although they must not, in words."""
+    wrong = []
+    for path, used in uses(files).items():
+        room = Path(path).parts[0] if "/" in path else ""
+        if room and room not in FLOOR_OF:
+            wrong.append(f"{room}/ stands on no floor: decide which one and add it to FLOORS in {Path(__file__).name}")
+            continue
+        for other in sorted(used):
+            below = Path(other).parts[0] if "/" in other else ""
+            if below and below != room and FLOOR_OF.get(below, 99) >= FLOOR_OF.get(room, 99 if room == "" else -1):
+                wrong.append(f"{path} imports {other}: imports point down")
+        for name in sorted(mentioned(path, files[path])):
+            for top, allowed in ONLY_HERE.items():
+                if is_under(name, top) and not {path, room} & allowed:
+                    wrong.append(f"{path} uses {name}, which only {sorted(allowed) or 'nobody'} may")
+            if room == "maths" and not is_under(name, "relex_verl") and name.split(".")[0] not in PURE:
+                wrong.append(f"{path} imports {name}: mathematics needs only torch")
     return wrong
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_point_downward(path):
-    package = ".".join(["relex_verl", *path.parent.relative_to(PACKAGE).parts])
-    assert violations(module_of(path), path.read_text(), package) == []
+def circle(files: dict[str, str]) -> list[str]:
+    """A circle of files that import each other, in its order; [] where there is none."""
+    try:
+        TopologicalSorter(uses(files)).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
 
 
-def test_modules_of_a_floor_do_not_import_each_other_in_a_circle():
-    uses = {module: set() for module in FLOOR_OF}
-    for path in SOURCES:
-        package = ".".join(["relex_verl", *path.parent.relative_to(PACKAGE).parts])
-        named = {name.split(".")[1] for name in mentioned(path.read_text(), package) if name.startswith("relex_verl.")}
-        uses.setdefault(module_of(path), set()).update(named - {module_of(path)})
-    while uses:
-        leaves = {module for module, used in uses.items() if not used & set(uses)}
-        assert leaves, f"a circle among {sorted(uses)}"
-        uses = {module: used for module, used in uses.items() if module not in leaves}
+def test_imports_point_downward() -> None:
+    assert violations(sources()) == []
 
 
-@pytest.mark.parametrize(
-    ("module", "source", "says"),
-    [
-        ("novel", "", "stands on no floor"),
-        ("gram", "from relex_verl.shards import whole", "floor 0) imports shards (floor 1)"),
-        ("gram", "def f():\n    from relex_verl import observer", "floor 0) imports observer (floor 3)"),
-        ("gram", "from . import trajectory", "imports trajectory (floor 1)"),
-        ("gram", "from .encodings import sparse", "imports encodings (floor 1)"),
-        ("gram", "import relex_verl.verl_plugin.worker as w", "imports verl_plugin (floor 4)"),
-        ("gram", "import numpy as np", "imports numpy"),
-        ("", "import torch", "imports torch"),
-        ("", "from relex_verl.gram import delta_gram", "imports gram (floor 0)"),
-        ("config", "from relex_verl.novel import x", "stands on no floor"),
-        ("observer", "import torch.distributed as dist", "uses torch.distributed"),
-        ("observer", "from torch import distributed", "uses torch.distributed"),
-        ("observer", "from torch.distributed.tensor import DTensor", "uses torch.distributed.tensor.DTensor"),
-        ("observer", "import torch\ndef f():\n    return torch.distributed.get_rank()", "uses torch.distributed"),
-        ("verl_plugin", "import torch.distributed", "uses torch.distributed"),
-        ("tracking", "def f():\n    import wandb", "uses wandb"),
-        ("verl_plugin", "import wandb", "uses wandb"),
-        ("observer", "if True:\n    from verl.utils import x", "uses verl.utils.x"),
-        ("cli", "import importlib\nimportlib.import_module('verl')", "uses verl"),
-        ("collectives", "import ray", "uses ray"),
-    ],
-)
-def test_this_test_sees_what_it_forbids(module, source, says):
-    assert says in " ".join(violations(module, source))
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    assert circle(sources()) == []
+
+
+def test_every_folder_is_a_room_on_a_floor() -> None:
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name not in ("__pycache__", "docs")}
+    assert folders == set(FLOOR_OF)
+
+
+def test_a_floor_is_where_the_imports_put_it() -> None:
+    """The lowest that it can be, so that the drawing above cannot drift away from the code."""
+    below: dict[str, set[str]] = {room: set() for room in FLOOR_OF}
+    for path, used in uses(sources()).items():
+        if "/" in path:
+            room = Path(path).parts[0]
+            below[room] |= {Path(other).parts[0] for other in used if "/" in other} - {room}
+    lowest = {}
+    for room in TopologicalSorter(below).static_order():
+        lowest[room] = max((lowest[one] + 1 for one in below[room]), default=0)
+    assert lowest == FLOOR_OF
+
+
+def test_files_are_short() -> None:
+    assert {path: text.count("\n") for path, text in sources().items() if text.count("\n") > MOST_LINES} == {}
+
+
+A, B = "maths/a.py", "maths/b.py"
 
 
 @pytest.mark.parametrize(
-    ("module", "source"),
+    ("files", "says"),
     [
-        ("diagnostics", "import math\nimport torch\nfrom relex_verl.extrapolators import METHODS"),
-        ("trajectory", "from relex_verl.hf_checkpoint import BaseCheckpoint\nimport verlib, rays"),
-        ("collectives", "import torch.distributed as dist"),
-        ("observer", "from relex_verl import __version__, collectives"),
-        ("verl_plugin", "import ray\nfrom verl.trainer import x\nfrom relex_verl.observer import Observer"),
-        ("", '__version__ = "0.1.0"'),
+        ({"novel/a.py": ""}, "stands on no floor"),
+        ({A: "from relex_verl.trajectory.b import x", "trajectory/b.py": ""}, "imports point down"),
+        ({A: "def f():\n    from relex_verl.run import b", "run/b.py": ""}, "imports point down"),
+        ({A: "from ..trajectory import b", "trajectory/b.py": ""}, "imports point down"),
+        ({"cli/a.py": "import relex_verl.verl_plugin.b", "verl_plugin/b.py": ""}, "imports point down"),
+        ({"reporting/a.py": "from relex_verl.trajectory.b import x", "trajectory/b.py": ""}, "imports point down"),
+        ({A: "import numpy as np"}, "mathematics needs only torch"),
+        ({"pipeline/a.py": "import torch.distributed as dist"}, "uses torch.distributed"),
+        ({"pipeline/a.py": "from torch import distributed"}, "uses torch.distributed"),
+        ({"run/a.py": "import torch\ndef f():\n    return torch.distributed.get_rank()"}, "uses torch.distributed"),
+        ({"reporting/wandb.py": "def f():\n    import wandb"}, "uses wandb"),
+        ({"run/a.py": "if True:\n    from verl.utils import x"}, "uses verl.utils.x"),
+        ({"cli/a.py": "import importlib\nimportlib.import_module('verl')"}, "uses verl"),
+        ({"run/a.py": "import ray"}, "uses ray"),
     ],
 )
-def test_this_test_allows_what_is_allowed(module, source):
-    assert violations(module, source) == []
+def test_this_test_sees_what_it_forbids(files: dict[str, str], says: str) -> None:
+    assert says in " ".join(violations(files))
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {A: "from relex_verl.maths import b", B: "from relex_verl.maths.a import x"},
+        {A: "from relex_verl.maths.b import x", B: "def f():\n    from . import a"},
+        {"run/__init__.py": "from relex_verl.run.a import x", "run/a.py": "from relex_verl.run import y"},
+    ],
+)
+def test_this_test_sees_a_circle(files: dict[str, str]) -> None:
+    assert circle(files)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {A: "import math\nimport torch\nfrom relex_verl.maths.b import x", B: ""},
+        {"pipeline/collectives.py": "import torch.distributed as dist"},
+        {"run/a.py": "from relex_verl import __version__\nimport verlib, rays", "__init__.py": ""},
+        {"verl_plugin/a.py": "import ray\nfrom verl.trainer import x\nfrom relex_verl.maths.a import y", A: ""},
+    ],
+)
+def test_this_test_allows_what_is_allowed(files: dict[str, str]) -> None:
+    assert violations(files) == []
+    assert circle(files) == []
 
 
 @pytest.mark.parametrize(
     ("imported", "must_not_load"),
     [
         ("relex_verl", ["torch", "numpy", "verl", "ray", "wandb"]),
-        ("relex_verl.observer", ["verl", "ray", "wandb"]),
+        ("relex_verl.run.callback", ["verl", "ray", "wandb", "hydra", "matplotlib"]),
+        ("relex_verl.run.rank", ["verl", "ray", "wandb", "hydra", "matplotlib"]),
     ],
 )
-def test_importing_loads_no_more_than_it_should(imported, must_not_load):
+def test_importing_loads_no_more_than_it_should(imported: str, must_not_load: list[str]) -> None:
     code = f"import sys, {imported}; print(*sorted(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert imported in loaded

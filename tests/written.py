@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from relex_verl.hf_checkpoint import BaseCheckpoint, CheckpointWriter
-from relex_verl.shards import TensorShard, block_placement, placement_of_positions, whole
+from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint, CheckpointWriter
+from relex_verl.trajectory.shards import TensorShard, block_placement, placement_of_positions, whole
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -15,7 +15,7 @@ import torch
 import training
 from schedule import Schedule
 
-from relex_verl.trajectory import Trajectory
+from relex_verl.trajectory.store import Trajectory
 from study.grid import PROMPTS, SAMPLES, Grid, Run
 from study.predict import Prefix, load_prefix, predicted_deltas
 from study.score import accuracies

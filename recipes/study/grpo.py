@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen2ForCausalLM
 
-from relex_verl.shards import TensorShard, whole
+from relex_verl.trajectory.shards import TensorShard, whole
 from study.grid import PROMPTS, SAMPLES
 from study.task import ANSWER_TOKENS, PROMPT_TOKENS, Questions, load_model
 

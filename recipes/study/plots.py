@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 
-from relex_verl.extrapolators import METHODS
+from relex_verl.maths.extrapolators import METHODS
 from study.grid import Grid
 
 LINES = {

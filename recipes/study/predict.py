@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from relex_verl import replay
-from relex_verl.extrapolators import fit_weights
-from relex_verl.prediction import Prediction, extrapolate
-from relex_verl.trajectory import Trajectory
+from relex_verl.maths.extrapolators import fit_weights
+from relex_verl.pipeline.prediction import Prediction, extrapolate
+from relex_verl.trajectory import replay
+from relex_verl.trajectory.store import Trajectory
 
 Wanted = tuple[str, int]  # method, target
 
@@ -97,7 +97,7 @@ def agreement(predicted: Sequence[torch.Tensor], true: Sequence[torch.Tensor]) -
 
 
 def share_equal_to_product(trajectory: Trajectory, cut: int, prefix: Prefix, wanted: Wanted) -> float:
-    """Share of the bfloat16 weights in which a prediction made here equals `relex_verl.prediction.extrapolate`."""
+    """Share of the bfloat16 weights in which a prediction made here equals `relex_verl.pipeline.prediction.extrapolate`."""
     deltas = dict(zip(prefix.names, predicted_deltas(prefix, [wanted]), strict=True))
     origins = dict(zip(prefix.names, prefix.origins, strict=True))
     equal = total = 0

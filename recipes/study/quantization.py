@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from relex_verl.extrapolators import METHODS
-from relex_verl.trajectory import Trajectory
+from relex_verl.maths.extrapolators import METHODS
+from relex_verl.trajectory.store import Trajectory
 from study.grid import ARMS, Arm, Grid, Run
 from study.predict import Prefix, load_prefix, predicted_deltas
 from study.score import Row, write_csv

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen2ForCausalLM
 
-from relex_verl.trajectory import Trajectory
+from relex_verl.trajectory.store import Trajectory
 from study.grid import ONE_TARGET, Arm, Grid, Run
 from study.predict import Wanted, agreement, load_prefix, predicted_deltas, share_equal_to_product
 from study.task import Questions, greedy_correct, load_model, load_questions

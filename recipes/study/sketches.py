@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from relex_verl import replay
-from relex_verl.extrapolators import METHODS, fit_weights
-from relex_verl.prediction import Prediction, weighted_tensors
-from relex_verl.trajectory import Trajectory
+from relex_verl.maths.extrapolators import METHODS, fit_weights
+from relex_verl.pipeline.prediction import Prediction, weighted_tensors
+from relex_verl.trajectory import replay
+from relex_verl.trajectory.store import Trajectory
 from study.grid import SKETCH, Grid, Run
 from study.score import Row, write_csv
 from study.train import Progress

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import pandas as pd
 
-from relex_verl.extrapolators import METHODS
+from relex_verl.maths.extrapolators import METHODS
 from study.grid import ONE_TARGET, Grid
 
 MAIN = ("bf16", "fp32")

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from relex_verl.hf_checkpoint import write_json
-from relex_verl.observer import Observer
+from relex_verl.pipeline.observer import Observer
+from relex_verl.trajectory.hf_checkpoint import write_json
 from study.grid import Grid, Run
 from study.grpo import Grpo
 from study.task import Questions, greedy_correct, load_questions

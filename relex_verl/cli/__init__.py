@@ -8,7 +8,7 @@ import relex_verl.cli.environment  # noqa: F401  # before torch is loaded
 # isort: split
 import typer
 
-from relex_verl.cli import planning, publishing, recording, stored, studies
+from relex_verl.cli import ingest, planning, push, stored, studies
 from relex_verl.cli.baselines import baseline_app
 
 __all__ = ["app"]
@@ -21,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-app.command()(recording.ingest)
+app.command()(ingest.ingest)
 app.command()(stored.info)
 app.command()(stored.checkout)
 app.command()(stored.extrapolate)
@@ -31,5 +31,5 @@ app.command()(studies.compare)
 app.command()(studies.backtest)
 app.command()(studies.sweep)
 app.command()(planning.plan)
-app.command()(publishing.push)
+app.command()(push.push)
 app.add_typer(baseline_app, name="baseline")

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from relex_verl.extrapolators import METHODS
-from relex_verl.ingest import Found, IngestError, find_checkpoints, find_revisions
+from relex_verl.maths.extrapolators import METHODS
+from relex_verl.offline.ingest import Found, IngestError, find_checkpoints, find_revisions
 
 __all__ = [
     "AllowPickle",

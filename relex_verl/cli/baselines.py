@@ -9,16 +9,16 @@ from typing import Annotated, Any
 
 import typer
 
-from relex_verl import tracking
-from relex_verl.analysis import observed_until, write_prediction
-from relex_verl.baselines.alpharl import alpharl
-from relex_verl.baselines.coefficient_transformer import TransformerSettings, transformer_tensors
-from relex_verl.baselines.next_extrapolation import NextSettings, fit_next, next_tensors
-from relex_verl.baselines.weight_extrapolation import weight_extrapolation
 from relex_verl.cli.arguments import AsJson, OutFolder, TrajectoryFolder, later_steps_of
 from relex_verl.cli.screen import clear_errors, console, element_bar, notes, print_json
-from relex_verl.shards import TensorShard
-from relex_verl.trajectory import Trajectory
+from relex_verl.offline.analysis import observed_until, write_prediction
+from relex_verl.offline.baselines.alpharl import alpharl
+from relex_verl.offline.baselines.coefficient_transformer import TransformerSettings, transformer_tensors
+from relex_verl.offline.baselines.next_extrapolation import NextSettings, fit_next, next_tensors
+from relex_verl.offline.baselines.weight_extrapolation import weight_extrapolation
+from relex_verl.reporting.provenance import versions
+from relex_verl.trajectory.shards import TensorShard
+from relex_verl.trajectory.store import Trajectory
 
 __all__ = ["baseline_app"]
 
@@ -67,7 +67,7 @@ class _Predictions:
             "observed_steps": self.steps,
             "trajectory": str(self.trajectory.folder.resolve()),
             "settings": settings,
-            "versions": tracking.versions(),
+            "versions": versions(),
         }
         name = f"{method}-{suffix}"
         with element_bar(self.trajectory, name) as advance:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from relex_verl import plots, report
-from relex_verl.analysis import Alignment, Window, spread
-from relex_verl.diagnostics import describe, random_walk_gram, spectrum
+from relex_verl.maths.diagnostics import describe, random_walk_gram, spectrum
+from relex_verl.offline.analysis import Alignment, Window, spread
+from relex_verl.reporting import plots, report
 
 __all__ = ["alignment_figure", "backtest_figure", "diagnosis_figures"]
 

@@ -5,11 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
-from relex_verl.budget import budget, change_between_rows, traffic
 from relex_verl.cli.arguments import AsJson
 from relex_verl.cli.screen import clear_errors, console, print_json
-from relex_verl.config import RelexConfig
-from relex_verl.encodings import ENCODINGS, encoding_name
+from relex_verl.run.budget import budget, change_between_rows, traffic
+from relex_verl.run.config import RelexConfig
+from relex_verl.trajectory.encodings import ENCODINGS, encoding_name
 
 __all__ = ["plan"]
 

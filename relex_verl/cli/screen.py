@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from relex_verl import tracking
-from relex_verl.budget import BudgetError
-from relex_verl.ingest import IngestError
-from relex_verl.trajectory import Trajectory, TrajectoryError
+from relex_verl.offline.ingest import IngestError
+from relex_verl.reporting.metrics import strict
+from relex_verl.run.budget import BudgetError
+from relex_verl.trajectory.store import Trajectory, TrajectoryError
 
 __all__ = ["clear_errors", "console", "element_bar", "notes", "print_json", "step_bar", "table_of"]
 
@@ -25,7 +25,7 @@ notes = Console(stderr=True, soft_wrap=True)  # what is no result: standard outp
 
 def print_json(content: Any) -> None:
     """JSON on standard output, without colour or wrapping; NaN is null."""
-    typer.echo(json.dumps(tracking.strict(content), indent=1))
+    typer.echo(json.dumps(strict(content), indent=1))
 
 
 def table_of(title: str, rows: Sequence[dict[str, Any]]) -> Table:

@@ -5,14 +5,16 @@ from typing import Annotated, Any
 
 import typer
 
-from relex_verl import analysis, replay, tracking
-from relex_verl import prediction as predicting
 from relex_verl.cli.arguments import AsJson, FitFrom, OutFolder, Rank, TrajectoryFolder, later_steps_of, methods_of
 from relex_verl.cli.screen import clear_errors, console, element_bar, print_json, table_of
-from relex_verl.diagnostics import describe, random_walk_gram, summary
-from relex_verl.extrapolators import METHODS
-from relex_verl.prediction import Prediction, write_checkpoint
-from relex_verl.trajectory import Trajectory, step_ranges
+from relex_verl.maths.diagnostics import describe, random_walk_gram, summary
+from relex_verl.maths.extrapolators import METHODS
+from relex_verl.offline import analysis
+from relex_verl.pipeline import prediction as predicting
+from relex_verl.pipeline.prediction import Prediction, write_checkpoint
+from relex_verl.reporting.provenance import provenance, versions
+from relex_verl.trajectory import replay
+from relex_verl.trajectory.store import Trajectory, step_ranges
 
 __all__ = ["checkout", "extrapolate", "info", "reconstruct"]
 
@@ -65,7 +67,7 @@ def checkout(
         opened = Trajectory(trajectory)
         error = replay.error_bound(opened, step)
         provenance = {"base_model": opened.index.base_model, "step": step, "max_error": error}
-        provenance |= {"trajectory": str(trajectory.resolve()), "versions": tracking.versions()}
+        provenance |= {"trajectory": str(trajectory.resolve()), "versions": versions()}
         with element_bar(opened, f"step {step}") as advance:
             write_checkpoint(opened, replay.states(opened, step), out, provenance, opened.encoding.dtype, advance)
     if as_json:
@@ -97,7 +99,7 @@ def extrapolate(
         for one in methods_of(method):
             for step in targets:
                 prediction = Prediction(one, step, rank, fit_from)
-                facts = tracking.provenance(opened.index.base_model, prediction, t_cut, steps, trajectory.resolve())
+                facts = provenance(opened.index.base_model, prediction, t_cut, steps, trajectory.resolve())
                 folder = out / prediction.folder_name
                 with element_bar(opened, prediction.folder_name) as advance:
                     shards = predicting.extrapolate(opened, t_cut, prediction)
@@ -128,7 +130,7 @@ def reconstruct(
         observed = analysis.observed_until(opened, t_cut)
         provenance = {"base_model": opened.index.base_model, "method": "reconstruction", "rank": rank, "step": step}
         provenance |= {"t_cut": observed[-1], "target": step, "observed_steps": observed}
-        provenance |= {"trajectory": str(trajectory.resolve()), "versions": tracking.versions()}
+        provenance |= {"trajectory": str(trajectory.resolve()), "versions": versions()}
         shards = analysis.reconstruct(opened, step, rank, t_cut)
         with element_bar(opened, f"rank {rank}, step {step}") as advance:
             write_checkpoint(opened, shards, Path(out), provenance, progress=advance)

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from relex_verl import analysis, tracking
 from relex_verl.cli.arguments import (
     AllowPickle,
     AsJson,
@@ -26,8 +25,10 @@ from relex_verl.cli.arguments import (
 )
 from relex_verl.cli.figures import alignment_figure, backtest_figure, diagnosis_figures
 from relex_verl.cli.screen import clear_errors, console, element_bar, print_json, step_bar, table_of
-from relex_verl.ingest import Found, IngestError, select_steps, within
-from relex_verl.trajectory import Trajectory, step_ranges
+from relex_verl.offline import analysis
+from relex_verl.offline.ingest import Found, IngestError, select_steps, within
+from relex_verl.reporting.metrics import fit_report
+from relex_verl.trajectory.store import Trajectory, step_ranges
 
 __all__ = ["backtest", "compare", "diagnose", "sweep"]
 
@@ -60,7 +61,7 @@ def diagnose(
         opened = Trajectory(trajectory)
         rows = analysis.window(opened, t_cut, fit_from)
         shapes = [opened.index.tensors[name] for name in opened.names]
-        fits = tracking.fit_report(opened.names, shapes, rows.gram_LTT, rows.steps, rank, rows.energy_L)
+        fits = fit_report(opened.names, shapes, rows.gram_LTT, rows.steps, rank, rows.energy_L)
         targets = steps_of(target, "--target") if target else []
         chosen = tensors_of(tensor, opened.names) if tensor else []
         figures = diagnosis_figures(out, opened.names, rows, targets, chosen) if out else {}

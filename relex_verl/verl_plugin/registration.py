@@ -3,39 +3,19 @@
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 import wrapt
 
-__all__ = ["MODES", "option_node", "register"]
+__all__ = ["register"]
 
 logger = logging.getLogger("relex_verl")
-
-# Hydra option -> verl's trainer mode. The RELEX trainer of a mode is registered as "relex_<mode>".
-MODES = {"default": "sync", "colocate_async": "colocate_async", "separate_async": "separate_async"}
 
 
 def register() -> None:
     """Register lazily: importing verl's trainers takes seconds, and most processes need neither."""
     wrapt.register_post_import_hook(_store_options, "hydra.core.config_store")
     wrapt.register_post_import_hook(_register_trainers, "verl.trainer.ppo.v1")
-
-
-def option_node(mode: str) -> dict[str, Any]:
-    """What `+relex=<option>` merges into the run's configuration (package `_global_`).
-
-    Args:
-        mode: verl's trainer mode.
-    """
-    from relex_verl.config import RelexConfig
-
-    return {
-        "relex": asdict(RelexConfig()),
-        "trainer": {"v1": {"trainer_mode": f"relex_{mode}"}},
-        # Hydra calls it in the driver before verl's main: mistakes are refused before Ray starts.
-        "hydra": {"callbacks": {"relex": {"_target_": "relex_verl.verl_plugin.early_check.EarlyCheck"}}},
-    }
 
 
 def _harmless(hook: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -53,6 +33,8 @@ def _harmless(hook: Callable[[Any], None]) -> Callable[[Any], None]:
 
 @_harmless
 def _store_options(config_store: Any) -> None:
+    from relex_verl.verl_plugin.settings import MODES, option_node
+
     store = config_store.ConfigStore.instance()
     for option, mode in MODES.items():
         store.store(group="relex", name=option, node=option_node(mode), package="_global_", provider="relex-verl")

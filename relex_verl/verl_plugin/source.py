@@ -12,12 +12,38 @@ from typing import Any
 
 import torch
 
-from relex_verl.shards import Placement, TensorShard, block_placement, placement_of_positions
+from relex_verl.trajectory.shards import Placement, TensorShard, block_placement, placement_of_positions
 
-__all__ = ["EngineSource", "has_float32_master", "tied_names"]
+__all__ = ["EngineSource", "VerlEngine", "has_float32_master", "tied_names"]
 
 # bfloat16 has 8 significant bits: whole numbers up to 256 are exact. Digits start at 1, so that none looks like padding.
 DIGIT_BASE = 128
+
+
+class VerlEngine:
+    """A verl engine as `protocol.Engine`."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    @property
+    def no_master(self) -> str | None:
+        """See `has_float32_master`."""
+        return has_float32_master(self._engine)
+
+    @property
+    def optimizer_on_host(self) -> bool:
+        """Whether verl offloads the optimizer's state."""
+        return bool(self._engine.is_optimizer_offload_enabled)
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """See `tied_names`."""
+        return tied_names(self._engine)
+
+    def shards(self, master: bool) -> "EngineSource":
+        """The engine's weights."""
+        return EngineSource(self._engine, master)
 
 
 class EngineSource:

@@ -12,9 +12,11 @@ from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_separate_async import HybridEngineMode
 from verl.utils.debug import marked_timer
 
-from relex_verl.prediction import Prediction
-from relex_verl.verl_plugin.callback import RelexCallback
-from relex_verl.verl_plugin.scoring import Probe, Validation, deadline, same_random_state
+from relex_verl.run.callback import RelexCallback
+from relex_verl.run.protocol import Weights
+from relex_verl.run.validation import Validation
+from relex_verl.verl_plugin.probe import Probe, deadline, same_random_state
+from relex_verl.verl_plugin.settings import checked_config, run_facts
 from relex_verl.verl_plugin.worker import RelexActorWorker, RelexDetachActorWorker
 
 __all__ = ["RelexColocateAsync", "RelexSeparateAsync", "RelexSync"]
@@ -44,7 +46,7 @@ class _RelexTrainerMixin:
     val_dataset: Any
 
     def __init__(self, config: DictConfig) -> None:
-        self.relex = RelexCallback(config)
+        self.relex = RelexCallback(checked_config(config), run_facts(config))
         self._relex_probe: Probe | None = None
         self._relex_saved_step = 0  # step of the last checkpoint, this run's or the one that it resumed from
         with open_dict(config):
@@ -112,7 +114,7 @@ class _RelexTrainerMixin:
 
     # What a validation of other weights needs
 
-    def relex_validate(self, weights: Prediction | str, metric: str | None, timeout: float) -> Validation:
+    def relex_validate(self, weights: Weights, metric: str | None, timeout: float) -> Validation:
         """verl's validation of other weights than the actor's. The rollout keeps them until `relex_restore`.
 
         Args:
@@ -238,7 +240,7 @@ class RelexSeparateAsync(_RelexTrainerMixin, PPOTrainerSeparateAsync):
     actor_worker = RelexDetachActorWorker
     _relex_mode_before: HybridEngineMode | None = None
 
-    def relex_validate(self, weights: Prediction | str, metric: str | None, timeout: float) -> Validation:
+    def relex_validate(self, weights: Weights, metric: str | None, timeout: float) -> Validation:
         """As in the other modes; remembers whether the hybrid replicas were generating before the first."""
         if self._relex_mode_before is None:
             self._relex_mode_before = self.current_mode

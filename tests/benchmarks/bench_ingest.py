@@ -35,8 +35,8 @@ for folder in ["{root}/base"] + ["{root}/run/global_step_%d" % t for t in range(
 """
 WORK = """
 from pathlib import Path
-from relex_verl.ingest import find_checkpoints, ingest
-from relex_verl.prediction import Prediction, extrapolate, write_checkpoint
+from relex_verl.offline.ingest import find_checkpoints, ingest
+from relex_verl.pipeline.prediction import Prediction, extrapolate, write_checkpoint
 root = Path("{root}")
 trajectory = ingest(str(root / "base"), find_checkpoints(root / "run"), "bench", root / "trajectory")
 shards = extrapolate(trajectory, {steps}, Prediction("relex", 10 * {steps}))
@@ -46,7 +46,7 @@ write_checkpoint(trajectory, shards, root / "predicted", {{}})
 MEASURE = """
 import relex_verl.cli.environment
 import json, os, resource, time
-import torch, safetensors.torch, relex_verl.ingest
+import torch, safetensors.torch, relex_verl.offline.ingest
 begin, processor = time.perf_counter(), time.process_time()
 {body}
 used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

@@ -5,7 +5,7 @@
 Runs the product's own `Observer` in a process of its own for each encoding, and prints: the time of an observation
 (encoding, the new row of H, applying the change, the file, to a RAM disk where there is one) at the first and at the last
 row, as a ratio to reading both shards once in the same process; and the host memory that following takes for each
-parameter, at its peak and after the last row, beside what `relex_verl.budget` promises. Memory is anonymous memory above
+parameter, at its peak and after the last row, beside what `relex_verl.run.budget` promises. Memory is anonymous memory above
 that of the weights themselves (pages of files are the system's); it is measured at two sizes, so that what the libraries
 and the allocator take once (100 to 150 MB) does not count. Ratios and bytes of one run; exits with 1 when the peak is more
 than promised and one byte for what a step has in hand, or memory after the last row for fp32-int8 more than
@@ -28,9 +28,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from relex_verl.encodings import ENCODINGS
-from relex_verl.observer import Observer
-from relex_verl.shards import TensorShard, whole
+from relex_verl.pipeline.observer import Observer
+from relex_verl.trajectory.encodings import ENCODINGS
+from relex_verl.trajectory.shards import TensorShard, whole
 
 # The largest single tensor of an 8B model is 8% of a rank's shard on 8 GPUs.
 TENSORS = 12

@@ -69,7 +69,7 @@ def _disturb_answers(agent_loop: Any) -> None:
     loop.run, loop._score = late, judged
 
 
-for _name in ("relex_verl.observer", "relex_verl.tracking", "relex_verl.report"):
+for _name in ("relex_verl.pipeline.observer", "relex_verl.reporting.metrics", "relex_verl.reporting.report"):
     wrapt.register_post_import_hook(_break, _name)
 if SCORING:
     wrapt.register_post_import_hook(_mark_validations, "relex_verl.verl_plugin.trainer")

@@ -33,9 +33,9 @@ def trained_as(plain: Run, finished: Run, steps: int) -> None:
 @pytest.mark.parametrize(
     "fault",
     [
-        "relex_verl.observer:Observer.observe",
-        "relex_verl.tracking:fit_report",
-        "relex_verl.observer:Observer.write_prediction",
+        "relex_verl.pipeline.observer:Observer.observe",
+        "relex_verl.reporting.tracking:fit_report",
+        "relex_verl.pipeline.observer:Observer.write_prediction",
     ],
 )
 def test_a_fault_switches_relex_off_and_nothing_else(plain: Run, fault: str, tmp_path: Path) -> None:

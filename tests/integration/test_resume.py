@@ -11,8 +11,8 @@ import pytest
 import torch
 from harness import checkout, command, environment, run
 
-from relex_verl import replay
-from relex_verl.trajectory import Trajectory
+from relex_verl.trajectory import replay
+from relex_verl.trajectory.store import Trajectory
 
 pytestmark = [pytest.mark.trainer, pytest.mark.timeout(1200)]
 

@@ -10,8 +10,8 @@ import torch
 from harness import BASE, Run, checkout, load, relex_verl, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from relex_verl import replay
-from relex_verl.trajectory import Trajectory
+from relex_verl.trajectory import replay
+from relex_verl.trajectory.store import Trajectory
 
 pytestmark = [pytest.mark.trainer, pytest.mark.timeout(1200)]
 

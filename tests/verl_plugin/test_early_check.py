@@ -7,8 +7,9 @@ import verl
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from relex_verl.config import ConfigError
-from relex_verl.verl_plugin.early_check import EarlyCheck, checked_config
+from relex_verl.run.config import ConfigError
+from relex_verl.verl_plugin.early_check import EarlyCheck
+from relex_verl.verl_plugin.settings import checked_config
 
 CONFIG = str(Path(verl.__file__).parent / "trainer" / "config")
 

@@ -30,7 +30,7 @@ def test_importing_the_plugin_loads_no_library() -> None:
     ("missing", "imported"),
     [
         ("relex_verl.verl_plugin.trainer", "verl.trainer.ppo.v1"),
-        ("relex_verl.config", "hydra.core.config_store"),
+        ("relex_verl.run.config", "hydra.core.config_store"),
     ],
 )
 def test_a_hook_that_fails_says_so_and_verl_imports(missing: str, imported: str) -> None:

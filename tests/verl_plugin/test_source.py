@@ -16,7 +16,7 @@ import torch
 import verl
 from verl.workers.engine.spec import BlockPlacement, ShardSpec
 
-from relex_verl.shards import check_cover, share_out
+from relex_verl.trajectory.shards import check_cover, share_out
 from relex_verl.verl_plugin.source import EngineSource, has_float32_master, tied_names
 
 ENGINES = Path(verl.__file__).parent / "workers" / "engine"

@@ -11,10 +11,10 @@ from omegaconf import OmegaConf
 from verl.trainer.ppo.v1 import PPOTrainer, get_trainer_cls
 from verl.trainer.ppo.v1.trainer_separate_async import HybridEngineMode
 
-from relex_verl.prediction import Prediction
+from relex_verl.pipeline.prediction import Prediction
+from relex_verl.run.ranks import RelexError
+from relex_verl.run.validation import ValidationTimeout
 from relex_verl.verl_plugin import trainer as plugin
-from relex_verl.verl_plugin.ranks import RelexError
-from relex_verl.verl_plugin.scoring import ValidationTimeout
 
 PREDICTION = Prediction("relex", 20)
 METRIC = "val-core/sums/acc/mean@1"

@@ -1,0 +1,68 @@
+"""`relex-verl ingest`: a finished run becomes a trajectory."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from relex_verl.cli.arguments import AllowPickle, AsJson, Checkpoints, Hub, Revisions, checkpoints_in
+from relex_verl.cli.screen import clear_errors, console, notes, print_json, step_bar
+from relex_verl.offline.ingest import Options, recorded_steps, select_steps
+from relex_verl.offline.ingest import ingest as ingest_checkpoints
+from relex_verl.pipeline.observer import Observation
+from relex_verl.trajectory.store import step_ranges
+
+__all__ = ["ingest"]
+
+
+def ingest(
+    base: Annotated[str, typer.Option(help="Folder or Hub id of the model that the run started from.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the trajectory.")],
+    checkpoints: Checkpoints = None,
+    hub: Hub = None,
+    revisions: Revisions = "step_{N}",
+    steps: Annotated[str | None, typer.Option(help="Which steps, e.g. 1-75 or 10,20,30; all if not given.")] = None,
+    trajectory: Annotated[
+        str, typer.Option(help="bf16, fp32, or auto: bf16 for bfloat16 checkpoints, fp32 for others.")
+    ] = "auto",
+    quantization: Annotated[
+        str,
+        typer.Option(
+            help="Of an fp32 trajectory: int8, int4, none, or auto: none for what `relex-verl checkout` wrote, else int8."
+        ),
+    ] = "auto",
+    allow_pickle: AllowPickle = False,
+    any_base: Annotated[
+        bool, typer.Option("--any-base", help="Accept a base that lies over 3 % away from the first checkpoint.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Record the checkpoints of a finished run as a trajectory, in one pass.
+
+    Reads Hugging Face checkpoints (also under actor/huggingface in verl's layout), verl's FSDP shards (through verl's own
+    merger, which rounds to bfloat16), or the revisions of a Hub repository. Interrupted, the same command goes on after
+    the last step. Then: info, diagnose, extrapolate.
+    """
+    with clear_errors():
+        options = Options(trajectory, quantization, allow_pickle, any_base)
+        found, source = checkpoints_in(checkpoints, hub, revisions)
+        found = select_steps(found, steps)
+        new = {one.step for one in found} - set(recorded_steps(out))
+        changed: dict[int, float] = {}
+        if new and any(one.kind == "verl" for one in found):
+            notes.print("note: verl's merger rounds the shards to bfloat16, whatever they hold", highlight=False)
+
+        with step_bar("reading headers", len(new)) as advance:
+
+            def progress(seen: Observation) -> None:
+                changed[seen.step] = seen.changed_share
+                advance(1, f"step {seen.step}, {seen.changed_share:.2%} changed")
+
+            recorded = ingest_checkpoints(base, found, source, out, options, progress)
+    if as_json:
+        facts = {"path": str(out), "encoding": recorded.index.encoding, "steps": recorded.steps}
+        print_json({**facts, "added": list(changed), "changed_share": changed})
+        return
+    added = f"{len(changed)} added" if len(changed) < len(recorded.steps) else "all new"
+    said = f"steps {step_ranges(recorded.steps)} ({added}), {recorded.index.encoding}: {out}"
+    console.print(said, highlight=False, soft_wrap=True)

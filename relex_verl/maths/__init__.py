@@ -1,0 +1,1 @@
+"""The mathematics on Gram matrices: pure torch, no files, no processes, no host."""

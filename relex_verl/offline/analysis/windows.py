@@ -1,0 +1,125 @@
+"""The rows of a window: which of them a cut sees, what they say of each other, and Algorithm 1 within them."""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+
+from relex_verl.maths.diagnostics import backtest_error, backtest_ratio
+from relex_verl.maths.extrapolators import METHODS, reconstruction_weights
+from relex_verl.pipeline.prediction import weighted_tensors
+from relex_verl.reporting.plots import Spread
+from relex_verl.trajectory import replay
+from relex_verl.trajectory.shards import TensorShard
+from relex_verl.trajectory.store import Trajectory, TrajectoryError
+
+__all__ = ["Window", "backtests", "observed_until", "reconstruct", "spread", "window"]
+
+
+class Window(NamedTuple):
+    """The rows that take part in a fit.
+
+    Attributes:
+        steps: the T real step numbers.
+        gram_LTT: G, (L, T, T); smoothed for a sketch.
+        energy_L: sum_t |delta_t|^2, (L,), for a sketch, whose G does not say it; else None.
+    """
+
+    steps: list[int]
+    gram_LTT: torch.Tensor
+    energy_L: torch.Tensor | None
+
+
+def observed_until(trajectory: Trajectory, cut: int | None) -> list[int]:
+    """The observed steps up to a cut, which may lie between two of them but not where more were to be expected.
+
+    Args:
+        trajectory: whose steps.
+        cut: None for all of them.
+
+    Raises:
+        TrajectoryError: nothing was observed up to the cut, or the cut lies a whole gap or more after the last row: what is
+            fitted there would not be what its name says.
+    """
+    steps, everything = trajectory.steps_until(cut), trajectory.steps
+    gap = max((late - early for early, late in pairwise(everything)), default=everything[0])
+    if cut is not None and cut >= everything[-1] + gap:
+        raise TrajectoryError(
+            f"--t-cut {cut}: the last observed step is {everything[-1]}; cut there, or record more of the run"
+        )
+    return steps
+
+
+def window(trajectory: Trajectory, cut: int | None = None, fit_from: int = 0) -> Window:
+    """The rows from step `fit_from` up to a cut.
+
+    Raises:
+        TrajectoryError: see `observed_until`; no step is left; a sketch cannot leave out steps that it holds.
+    """
+    steps = observed_until(trajectory, cut)
+    skipped = sum(step < fit_from for step in steps)
+    if skipped == len(steps):
+        raise TrajectoryError(f"--fit-from {fit_from}: the last observed step up to the cut is {steps[-1]}")
+    if skipped and trajectory.is_sketch:
+        raise TrajectoryError(f"--fit-from {fit_from}: a sketch cannot leave out steps that it holds, from {steps[0]}")
+    gram_LTT = replay.gram(trajectory, cut)[:, skipped:, skipped:]
+    return Window(steps[skipped:], gram_LTT, replay.energy(trajectory, cut))
+
+
+def spread(x: float, values: Sequence[float] | torch.Tensor, middle: str = "median") -> Spread | None:
+    """Median (or mean) and 10th to 90th percentile over the tensors for which a value is defined; None if none is."""
+    values_L = torch.as_tensor(values, dtype=torch.float64)
+    values_L = values_L[values_L.isfinite()]
+    if not len(values_L):
+        return None
+    low, median, high = values_L.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
+    return Spread(x, values_L.mean().item() if middle == "mean" else median, low, high)
+
+
+def reconstruct(trajectory: Trajectory, step: int, rank: int, cut: int | None = None) -> Iterator[TensorShard]:
+    """Rank-r reconstruction of an observed step: theta_0 + (U_r U_r^T M)_step (paper, Algorithm 1), in bfloat16.
+
+    From a sketch: of the row as its polynomial gives it.
+
+    Args:
+        trajectory: its steps up to `cut` span the directions.
+        step: an observed step.
+        rank: r.
+        cut: last step that takes part; all of them for None.
+
+    Raises:
+        TrajectoryError: the step was not observed, or lies after the cut.
+    """
+    steps = observed_until(trajectory, cut)
+    if step not in steps:
+        raise TrajectoryError(f"--step {step} is not among the {len(steps)} observed steps {steps[0]} to {steps[-1]}")
+    weights_LT = reconstruction_weights(replay.gram(trajectory, cut), steps.index(step), rank)
+    histories = replay.histories(trajectory, cut)
+    return weighted_tensors(histories, trajectory.encoding, trajectory.names, steps, weights_LT)
+
+
+def backtests(
+    gram_LTT: torch.Tensor, steps: Sequence[int], methods: Sequence[str], rank: int = 1
+) -> list[dict[str, Any]]:
+    """Fit on every prefix, predict the last row, compare with holding the prefix's last row; a row a method and prefix.
+
+    Args:
+        gram_LTT: G, (L, T, T).
+        steps: the T real step numbers.
+        methods: names in METHODS.
+        rank: r.
+
+    Returns:
+        Keys: method, rows, prefix (its last step), target, error (of the whole model), median, p10, p90 (over tensors).
+    """
+    rows = []
+    for method in methods:
+        for prefix in range(max(1, METHODS[method].min_rows), len(steps)):
+            over_tensors = spread(0.0, backtest_error(gram_LTT, steps, prefix, method, rank))
+            if over_tensors is None:
+                continue
+            row = {"method": method, "rows": prefix, "prefix": steps[prefix - 1], "target": steps[-1]}
+            row["error"] = backtest_ratio(gram_LTT, steps, prefix, method, rank)
+            rows.append({**row, "median": over_tensors.middle, "p10": over_tensors.low, "p90": over_tensors.high})
+    return rows

@@ -1,0 +1,1 @@
+"""Shards -> increments -> trajectory -> G -> weights -> predicted tensors, on all ranks together."""

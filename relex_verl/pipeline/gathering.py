@@ -1,0 +1,55 @@
+"""Whole tensors from the ranks' shards, one at a time: what a rollout engine wants."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from relex_verl.pipeline import collectives
+from relex_verl.trajectory.shards import TensorShard
+
+__all__ = ["whole_tensors"]
+
+
+def whole_tensors(
+    shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str], shards: Iterator[TensorShard], device: Any
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Put the ranks' shards together. Collective: all ranks iterate, to the end.
+
+    A rank whose shards fail goes on with zeros, so that no other is left waiting for it in the middle of a tensor; the
+    error comes at the end, on every rank, and the weights that were handed out are worth nothing then.
+
+    Args:
+        shapes: of all tensors, in the order of the stacks.
+        aliases: tied name -> the name that it shares its elements with.
+        shards: this rank's, in the same order.
+        device: where the whole tensors go.
+
+    Yields:
+        Name and whole tensor, bfloat16, on each rank; a tied name follows the one that it shares its elements with.
+
+    Raises:
+        Exception: that of this rank's shards.
+        PeerError: another rank's failed.
+    """
+    errors: list[Exception] = []
+    shards = _until_error(shards, errors)
+    shard = next(shards, None)
+    for name, shape in shapes.items():
+        flat = torch.zeros(torch.Size(shape).numel(), dtype=torch.bfloat16, device=device)
+        while shard is not None and shard.name == name:
+            data = shard.data.to(device, torch.bfloat16)
+            for local, full, length in shard.placement.runs():
+                flat[full : full + length] = data[local : local + length]
+            shard = next(shards, None)
+        tensor = collectives.merge(flat).view(shape)
+        yield name, tensor
+        yield from ((alias, tensor) for alias, held in aliases.items() if held == name)
+    collectives.all_or_nothing(errors[0] if errors else None)
+
+
+def _until_error(shards: Iterator[TensorShard], errors: list[Exception]) -> Iterator[TensorShard]:
+    try:
+        yield from shards
+    except Exception as error:
+        errors.append(error)

@@ -1,0 +1,139 @@
+"""Begin a trajectory on disk, or go on with the one that is there: all ranks together, before the first step."""
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from relex_verl.pipeline import collectives
+from relex_verl.pipeline.collectives import together
+from relex_verl.trajectory.collectors import Held
+from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
+from relex_verl.trajectory.shards import Placement
+from relex_verl.trajectory.store import Trajectory, TrajectoryError, TrajectoryIndex, Window
+
+__all__ = ["appears", "check_names", "create", "find"]
+
+NOT_SHARED = "relex.output_dir must lie on a file system that all nodes share"
+# A network file system may go on for a while to say that a file is not there, once it has been asked.
+PATIENCE_SECONDS = 60.0
+
+
+def find(folder: Path, index: TrajectoryIndex, step: int) -> tuple[Trajectory, list[int]] | None:
+    """The trajectory of this run that is there already, if it has something to go on with.
+
+    Args:
+        folder: of the trajectory.
+        index: what this run's would say; only what identifies the run is compared.
+        step: the training step that is resumed from.
+
+    Returns:
+        The trajectory, cut back to the steps that are kept, and those; None when there are none. Nothing on disk changes.
+
+    Raises:
+        TrajectoryError: it is that of another run, or not all ranks see it.
+    """
+    existing: Trajectory | None = None
+    with together():
+        if (folder / "index.json").exists():
+            existing = Trajectory(folder)
+            _check_same_run(existing.index, index, folder)
+    seen = collectives.gather(existing is not None)
+    with together():
+        if any(seen) != all(seen):
+            raise TrajectoryError(f"some ranks see a trajectory in {folder} and others do not: {NOT_SHARED}")
+    # A node that crashed may have left its last files empty, although the index names them.
+    readable = 0 if existing is None else existing.readable_until(collectives.rank(), step)
+    readable = min(collectives.gather(readable))
+    if existing is None or not existing.kept_after(readable):
+        return None
+    existing.forget(readable)
+    return existing, existing.steps
+
+
+def create(
+    folder: Path, index: TrajectoryIndex, held: Mapping[str, Held], states: torch.Tensor, base: BaseCheckpoint
+) -> Trajectory:
+    """Begin one, in place of what is there.
+
+    Args:
+        folder: of the trajectory.
+        index: what it says; whether theta_0 is the base model is found out here.
+        held: this rank's shards, with theta_0.
+        states: their theta_0 end to end.
+        base: the base model.
+
+    Raises:
+        TrajectoryError: a rank does not see what rank 0 writes.
+    """
+    is_base = False
+    with together():
+        is_base = all(_same_bits(base.read(name, one.placement), one.state) for name, one in held.items())
+    everywhere_base = all(collectives.gather(is_base))
+    with together():
+        if collectives.rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+            index.windows = [Window(0, "base" if everywhere_base else "stored")]
+            Trajectory.create(folder, index)
+    with together():
+        if not appears(folder / "index.json"):
+            raise TrajectoryError(f"rank {collectives.rank()} does not see {folder}, which rank 0 made: {NOT_SHARED}")
+        trajectory = Trajectory(folder)
+        placements = {name: one.placement for name, one in held.items()}
+        trajectory.declare_rank(collectives.rank(), placements, None if everywhere_base else states)
+    return trajectory
+
+
+def check_names(found: Sequence[tuple[str, tuple[int, ...], Placement]], base: BaseCheckpoint) -> None:
+    """Whether the engine's tensors are the base model's.
+
+    Args:
+        found: name, shape and placement of each shard.
+        base: the base model.
+
+    Raises:
+        ValueError: a tensor that the base does not have, or has in another shape.
+    """
+    unknown = sorted({name for name, _, _ in found} - set(base.entries))
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} tensors of the engine are not in the base checkpoint {base.folder}, e.g. "
+            f"{unknown[:3]}: RELEX writes checkpoints laid out like the base and would not know where they belong"
+        )
+    for name, shape, _ in found:
+        if shape != base.entries[name].shape:
+            raise ValueError(
+                f"{name} has shape {shape} in the engine, {base.entries[name].shape} in the base checkpoint"
+            )
+
+
+def appears(path: Path, patience: float = PATIENCE_SECONDS) -> bool:
+    """Whether a file that another process has made is seen here, within some seconds."""
+    until = time.monotonic() + patience
+    while not path.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def _check_same_run(there: TrajectoryIndex, here: TrajectoryIndex, folder: Path) -> None:
+    expected, found = _identity(here), _identity(there)
+    differing = {key: (found.get(key), value) for key, value in expected.items() if found.get(key) != value}
+    if differing:
+        said = "; ".join(f"{key} {old!r} there, {new!r} here" for key, (old, new) in differing.items())
+        raise TrajectoryError(
+            f"relex.output_dir={folder.parent} holds the trajectory of another run ({said}). "
+            "Give this run its own relex.output_dir, or remove that folder"
+        )
+
+
+def _identity(index: TrajectoryIndex) -> dict[str, object]:
+    ranks = {"base model": index.base_model, "ranks": index.world_size, "encoding": index.encoding}
+    return {**ranks, **index.run}
+
+
+def _same_bits(stored: torch.Tensor, state: torch.Tensor) -> bool:
+    return torch.equal(stored.to(state.dtype).contiguous().view(torch.uint8), state.contiguous().view(torch.uint8))

@@ -1,0 +1,1 @@
+"""Values in, files and figures out. It decides nothing."""

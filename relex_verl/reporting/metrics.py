@@ -1,0 +1,88 @@
+"""Figures of a window -> flat metrics of a step, rows and summary of a cut."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from relex_verl.maths.diagnostics import backtest_ratio, describe, random_walk_gram, summary
+from relex_verl.maths.extrapolators import METHODS
+
+__all__ = ["fit_report", "half_backtest", "step_metrics", "strict"]
+
+
+def half_backtest(gram_LTT: torch.Tensor, steps: Sequence[int], method: str, rank: int) -> float:
+    """Error of predicting the last row from the first half of the rows, against holding; NaN while there are too few."""
+    prefix = (len(steps) + 1) // 2
+    if prefix < METHODS[method].min_rows or prefix >= len(steps):
+        return math.nan
+    return backtest_ratio(gram_LTT, steps, prefix, method, rank)
+
+
+def step_metrics(
+    figures: Mapping[str, torch.Tensor], changed_share: float, stored_bytes: int, backtest: float
+) -> dict[str, float]:
+    """The metrics of one observed step: `relex/<figure>/<mean, p10 or min>` over the tensors, totals, and live signals.
+
+    Args:
+        figures: name -> one value a tensor, as `diagnostics.describe` gives them.
+        changed_share: share of the weights whose bits changed.
+        stored_bytes: size of the trajectory so far.
+        backtest: from `half_backtest`; `relex/ready` is 1 when it says that extrapolating beats holding.
+    """
+    metrics = {"relex/stored_bytes": float(stored_bytes)}
+    if math.isfinite(changed_share):  # a sketch does not keep the row before
+        metrics["relex/changed_share"] = changed_share
+    if math.isfinite(backtest):
+        metrics |= {"relex/backtest/error_vs_hold": backtest, "relex/ready": float(backtest < 1.0)}
+    if figures["drift"].isfinite().any():
+        metrics["relex/drift"] = figures["drift"].nanmean().item()
+    for name, values_L in figures.items():
+        metrics |= {f"relex/{name}/{statistic}": value for statistic, value in summary(values_L).items()}
+    return metrics
+
+
+def fit_report(
+    names: Sequence[str],
+    shapes: Sequence[Sequence[int]],
+    gram_LTT: torch.Tensor,
+    steps: Sequence[int],
+    rank: int,
+    energy_L: torch.Tensor | None = None,
+) -> dict[str, Any]:
+    """The fits of a cut: a row for each tensor, their summary, and the random-walk null beside it.
+
+    A tensor that never moved has null figures, not zeros; so has every tensor where only a sketch is known (`energy_L`).
+    """
+    figures = describe(gram_LTT, steps, rank, energy_L)
+    null = describe(random_walk_gram(steps), steps, rank)
+    norms_L = gram_LTT[:, -1, -1].clamp_min(0.0).sqrt().tolist()
+    columns = {name: values_L.tolist() for name, values_L in figures.items()}
+    rows = [
+        {
+            "tensor": name,
+            "shape": list(shape),
+            "delta_norm": norms_L[i],
+            **{column: _defined(values[i]) for column, values in columns.items()},
+        }
+        for i, (name, shape) in enumerate(zip(names, shapes, strict=True))
+    ]
+    return {
+        "summary": {name: summary(values_L) for name, values_L in figures.items()},
+        "random_walk_null": {name: _defined(values_1.item()) for name, values_1 in null.items()},
+        "tensors": rows,
+    }
+
+
+def strict(content: Any) -> Any:
+    """The same as JSON knows it: numbers that are not finite become null, which JSON has no word for."""
+    if isinstance(content, Mapping):
+        return {str(key): strict(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [strict(value) for value in content]
+    return _defined(content) if isinstance(content, float) else content
+
+
+def _defined(value: float) -> float | None:
+    return value if math.isfinite(value) else None

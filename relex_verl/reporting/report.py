@@ -1,0 +1,219 @@
+"""What a cut leaves behind for people: figures of the window and of the scores, and one HTML page that needs no network."""
+
+import base64
+import html
+import re
+from collections.abc import Mapping, Sequence
+from math import isfinite, nan
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from relex_verl.maths.diagnostics import (
+    backtest_error,
+    coefficients,
+    explained_variance,
+    line_r2,
+    random_walk_gram,
+    spectrum,
+)
+from relex_verl.maths.extrapolators import METHODS, line_hat
+from relex_verl.reporting import plots
+
+__all__ = ["coefficient_panel", "horizon_figure", "layer_and_module", "window_figures", "write_html"]
+
+PANELS = 6
+COMPONENTS = 10
+
+
+def layer_and_module(name: str) -> tuple[int, str]:
+    """Layer number (-1 outside the layers) and module of a tensor: model.layers.3.mlp.up_proj.weight -> 3, mlp.up_proj."""
+    found = re.search(r"\.(\d+)\.", name)
+    module = name.removesuffix(".weight")
+    return (int(found.group(1)), module[found.end() :]) if found else (-1, module.removeprefix("model."))
+
+
+def window_figures(
+    folder: Path,
+    names: Sequence[str],
+    gram_LTT: torch.Tensor,
+    steps: Sequence[int],
+    targets: Sequence[int],
+    methods: Sequence[str],
+    smoothed: bool = False,
+) -> dict[str, Path]:
+    """Draw what the window looks like (paper, Figure 4 and beyond); PNG beside SVG.
+
+    Args:
+        folder: where the files go.
+        names: of the tensors, in the order of the stack.
+        gram_LTT: G, (L, T, T), of the rows that take part in the fit.
+        steps: the T real step numbers.
+        targets: steps to which the lines are drawn on.
+        methods: whose backtest is drawn.
+        smoothed: G is that of a sketch: only the coefficients are drawn, as what they are.
+
+    Returns:
+        Name of the figure -> PNG file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    of, null = spectrum(gram_LTT), spectrum(random_walk_gram(steps))
+    drawn = {
+        "coefficients": plots.plot_coefficients(
+            folder / "coefficients",
+            _panels(names, gram_LTT, steps, targets, smoothed),
+            "Rank-1 coefficients, smoothed by the sketch" if smoothed else "Rank-1 coefficients, extrapolated",
+        ),
+    }
+    if not smoothed:
+        drawn["spectrum"] = _spectrum_figure(folder, of, null)
+    if len(steps) >= 3 and not smoothed:
+        values: dict[str, dict[int, float]] = {}
+        for name, value in zip(names, line_r2(of, steps).tolist(), strict=True):
+            layer, module = layer_and_module(name)
+            values.setdefault(module, {})[layer] = value
+        walk = line_r2(null, steps).item()
+        drawn["r2_by_layer"] = plots.plot_r2_by_layer(folder / "r2_by_layer", values, null=walk)
+    tested = [method for method in methods if method != "hold" and not smoothed]
+    series = {method: _backtests(gram_LTT, steps, method) for method in tested}
+    series = {method: spreads for method, spreads in series.items() if spreads}
+    if series:
+        title, horizon = f"Predicting step {steps[-1]} from a prefix", f"horizon: {steps[-1]} / last step of the prefix"
+        drawn["backtest"] = plots.plot_backtest(folder / "backtest", series, title, horizon)
+    return {name: next(path for path in paths if path.suffix == ".png") for name, paths in drawn.items()}
+
+
+def coefficient_panel(
+    name: str, gram_TT: torch.Tensor, steps: Sequence[int], targets: Sequence[int], smoothed: bool = False
+) -> plots.CoefficientPanel:
+    """One tensor of the paper's Figure 4: its rank-1 coefficients, and their line on to the targets.
+
+    Args:
+        name: of the tensor.
+        gram_TT: its G.
+        steps: the T real step numbers.
+        targets: steps to which the line is drawn on.
+        smoothed: G is that of a sketch, whose rows say nothing of how straight the real ones are: no R^2.
+    """
+    of, reach = spectrum(gram_TT.unsqueeze(0)), [*steps, *targets]
+    observed_T = coefficients(of)[0]
+    values = observed_T.tolist() + [nan] * len(targets)  # points end where the line goes on
+    if len(steps) < 2:
+        return plots.CoefficientPanel(name, reach, values, values)
+    line = (torch.stack([line_hat(steps, step) for step in reach]) @ observed_T).tolist()
+    return plots.CoefficientPanel(name, reach, values, line, None if smoothed else line_r2(of, steps).item())
+
+
+def horizon_figure(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Score against horizon, with 95 % intervals (normal) from the spread of the scores over the prompts.
+
+    Args:
+        folder: where the files go.
+        rows: "validation_scores" of a report: of the last observed weights first, then of the predictions.
+    """
+
+    def point(row: Mapping[str, Any]) -> plots.Score:
+        half = 1.96 * row["standard_error"]
+        return plots.Score(row["target"], row["score"], row["score"] - half, row["score"] + half)
+
+    hold, *predicted = rows
+    series: dict[str, list[plots.Score]] = {}
+    for row in predicted:
+        series.setdefault(row["method"], []).append(point(row))
+    paths = plots.plot_horizon(folder / "scores", series, point(hold), title="Validation score of the predictions")
+    return next(path for path in paths if path.suffix == ".png")
+
+
+def write_html(path: Path, report: Mapping[str, Any], figures: Mapping[str, Path]) -> None:
+    """One page with the advice, the scores, the figures (inside it) and the tensors."""
+    advice = report["advice"]
+    scores = [
+        {key: _short(row.get(key)) for key in ("name", "score", "standard_error", "search_score", "seconds")}
+        for row in report["validation_scores"]
+    ]
+    tensors = [{key: _short(value) for key, value in row.items()} for row in report["fits"]["tensors"]]
+    parts = [
+        f"<h1>RELEX: {html.escape(advice['action'].replace('_', ' '))}</h1><p>{html.escape(advice['reason'])}</p>",
+        f"<p>Cut at step {report['t_cut']}, {len(report['observed_steps'])} observed steps.</p>",
+        "<h2>Scores</h2>" + _table(scores) if scores else "",
+        _screened(report.get("screened_out", {})),
+        *(_earlier(cut) for cut in reversed(report.get("earlier_cuts", []))),
+        *(f"<h2>{html.escape(name.replace('_', ' '))}</h2>{_image(figure)}" for name, figure in figures.items()),
+        "<h2>Random walk</h2><p>What a pure random walk would show: "
+        + ", ".join(f"{k.replace('_', ' ')} {_short(v)}" for k, v in report["fits"]["random_walk_null"].items())
+        + "</p>",
+        "<h2>Tensors</h2>" + _table(tensors),
+    ]
+    style = "body{font:15px sans-serif;max-width:60em;margin:2em auto}td,th{padding:.2em .7em}img{max-width:100%}"
+    body = "\n".join(part for part in parts if part)
+    page = f"<!doctype html><meta charset=utf-8><title>RELEX report</title><style>{style}</style>\n{body}\n"
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(page)
+    temporary.replace(path)
+
+
+def _panels(
+    names: Sequence[str], gram_LTT: torch.Tensor, steps: Sequence[int], targets: Sequence[int], smoothed: bool
+) -> list[plots.CoefficientPanel]:
+    """The tensors that moved most, one a module; the first tensor where none moved."""
+    chosen: dict[str, int] = {}
+    for i in gram_LTT[:, -1, -1].argsort(descending=True).tolist():
+        if gram_LTT[i, -1, -1] > 0:
+            chosen.setdefault(layer_and_module(names[i])[1], i)
+    drawn = list(chosen.values())[:PANELS] or [0]
+    return [coefficient_panel(names[i], gram_LTT[i], steps, targets, smoothed) for i in drawn]
+
+
+def _spectrum_figure(folder: Path, of: Any, null: Any) -> list[Path]:
+    shares_LT = of.values_LT / of.values_LT.sum(-1, keepdim=True)
+    shares_LT = shares_LT[shares_LT.isfinite().all(-1)][:, :COMPONENTS]
+    if not len(shares_LT):
+        shares_LT = torch.zeros(1, min(COMPONENTS, of.values_LT.shape[-1]), dtype=torch.float64)
+    middle = shares_LT.quantile(0.5, dim=0).tolist()
+    low, high = shares_LT.quantile(0.1, dim=0).tolist(), shares_LT.quantile(0.9, dim=0).tolist()
+    spread = [plots.Spread(i + 1, middle[i], low[i], high[i]) for i in range(len(middle))]
+    walk = (null.values_LT / null.values_LT.sum())[0, :COMPONENTS].tolist()
+    share = float(explained_variance(of).nanmedian())
+    return plots.plot_spectrum(folder / "spectrum", middle, walk, f"Rank 1 holds {share:.0%} of the variance", spread)
+
+
+def _backtests(gram_LTT: torch.Tensor, steps: Sequence[int], method: str) -> list[plots.Spread]:
+    """Spread of the backtest's error over the tensors at each horizon s_T / s_prefix, the nearest first."""
+    spreads = []
+    for prefix in reversed(range(max(2, METHODS[method].min_rows), len(steps))):
+        errors_L = backtest_error(gram_LTT, steps, prefix, method)
+        errors_L = errors_L[errors_L.isfinite()]
+        if len(errors_L):
+            low, middle, high = errors_L.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
+            spreads.append(plots.Spread(steps[-1] / steps[prefix - 1], middle, low, high))
+    return spreads
+
+
+def _earlier(cut: Mapping[str, Any]) -> str:
+    rows = [
+        {key: _short(row.get(key)) for key in ("name", "score", "standard_error")} for row in cut["validation_scores"]
+    ]
+    said = f"<h2>Earlier cut, at step {cut['t_cut']}</h2><p>{html.escape(cut['advice']['reason'])}</p>"
+    return said + (_table(rows) if rows else "")
+
+
+def _screened(reasons: Mapping[str, str]) -> str:
+    rows = [{"method": method, "left out because": reason} for method, reason in reasons.items()]
+    return "<h2>Screened out</h2>" + _table(rows) if rows else ""
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    head = "".join(f"<th>{html.escape(str(key).replace('_', ' '))}</th>" for key in rows[0])
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def _image(path: Path) -> str:
+    return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+
+
+def _short(value: object) -> object:
+    if isinstance(value, float):
+        return f"{value:.4g}" if isfinite(value) else "-"
+    return "-" if value is None else value

@@ -1,0 +1,306 @@
+"""The driver's side: when to observe, when to cut, what to write, and what to do when something goes wrong."""
+
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from relex_verl.maths.advice import Advice, unscored
+from relex_verl.pipeline.prediction import Prediction
+from relex_verl.pipeline.resuming import appears
+from relex_verl.reporting.provenance import provenance
+from relex_verl.run import announce
+from relex_verl.run.config import Plan, RelexConfig
+from relex_verl.run.cut import Verdict, decide
+from relex_verl.run.output import OutputFolder, summary
+from relex_verl.run.protocol import Host, RunFacts, Setup, Started, Weights
+from relex_verl.run.ranks import Ranks, RelexError
+from relex_verl.run.schedule import Schedule
+from relex_verl.trajectory.store import TrajectoryError
+
+__all__ = ["RelexCallback"]
+
+logger = logging.getLogger("relex_verl")
+logger.setLevel(os.environ.get("RELEX_LOGGING_LEVEL", "INFO"))
+
+
+class RelexCallback:
+    """Follows one run. The host's trainer calls `on_...` and `substitute`; everything else is private.
+
+    Attributes:
+        config: the checked `relex` node.
+        active: whether RELEX still has something to do; False after the last cut, or after an error.
+    """
+
+    def __init__(self, config: RelexConfig, run: RunFacts) -> None:
+        """Nothing is read or written yet.
+
+        Args:
+            config: the checked `relex` node.
+            run: what identifies the run.
+        """
+        self.config = config
+        self.active = True
+        self._run = run
+        self._output = OutputFolder(self.config.folder)
+        self._ranks = Ranks(None)
+        self._schedule: Schedule | None = None
+        self._metrics: dict[str, float] = {}  # of the step that was observed last
+        self._window: dict[str, Any] | None = None  # of a cut whose predictions are still to be scored
+        self._written: dict[Path, dict[str, Any]] = {}  # folders of this cut's predictions -> provenance
+        self._log: Any = None
+
+    @property
+    def schedule(self) -> Schedule:
+        """The cuts; known once the length of the run is."""
+        assert self._schedule is not None
+        return self._schedule
+
+    @property
+    def plan(self) -> Plan:
+        """The coming cut, as long as RELEX is active."""
+        assert self.schedule.plan is not None
+        return self.schedule.plan
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether a cut is waiting for the rollout to be ready."""
+        return self.active and self._window is not None
+
+    # Before the first step: what fails here refuses the run
+
+    def on_length_known(self, total_steps: int) -> None:
+        """Resolve cut and targets; called before any worker starts.
+
+        Raises:
+            ConfigError: they do not fit the run.
+        """
+        self._schedule = Schedule(self.config, total_steps)
+
+    def on_model_ready(self, workers: Any) -> None:
+        """Take theta_0, after the model is built and before a checkpoint is loaded.
+
+        Raises:
+            RuntimeError, ValueError: the run is refused (memory, disk, an engine whose weights cannot be followed).
+        """
+        self._ranks = Ranks(workers)
+        configured = self.config.trajectory
+        setup = Setup(
+            config=self.config,
+            plans=self.schedule.plans,
+            predictions=len(self.schedule.predictions) + 1,  # the search may find one that is not a target
+            output_dir=self._output.path,
+            run=self._run,
+        )
+        started: Started = self._ranks.ask_or_refuse("relex_start", setup)
+        if started.reason is not None:
+            became = f"becomes {started.trajectory}" if started.trajectory != configured else "follows bfloat16 weights"
+            logger.warning("RELEX: relex.trajectory=%s %s: %s", configured, became, started.reason)
+        if started.cost:
+            logger.info("RELEX: %s", started.cost)
+        self.schedule.follow(started.trajectory)
+
+    def on_checkpoint_loaded(self, step: int) -> None:
+        """Open the trajectory, from the start or after the step that training resumes from.
+
+        Raises:
+            ConfigError, TrajectoryError: the output folder belongs to another run.
+        """
+        if step:
+            self.schedule.resume(step, self._output.earlier_cuts(step))
+        else:
+            self._output.claim({"base model": self._run.base_model, **self._run.names}, self._run.resume_mode)
+        if self.schedule.plan is None:
+            self._close()
+            return
+        held = self._ranks.ask_or_refuse("relex_open", step)
+        if not appears(self._output.index):
+            folder = self._output.path
+            raise TrajectoryError(f"the driver does not see relex.output_dir={folder}: use a shared file system")
+        if held:
+            logger.info("RELEX: goes on after step %d, with %d observed steps", step, len(held))
+        elif step:
+            logger.warning("RELEX: observes from step %d on; the steps before were trained without it", step)
+        if step == self.plan.t_cut:
+            self._cut_again(step, observed=step in held)
+
+    def _cut_again(self, step: int, observed: bool) -> None:
+        """verl saves a step between the fit and the scores; the run has ended between the two."""
+        if observed:
+            logger.info("RELEX: the cut at step %d has no verdict yet: fitting it again", step)
+            self._guard(self._fit)
+            return
+        self.schedule.skip(step)
+        if self.schedule.plan is None:
+            self._close()
+
+    # While it trains
+
+    def on_train_begin(self, step: int, host: Host, log: Any) -> dict[str, float]:
+        """Score a cut that an earlier start of this run left without a verdict; the rollout holds the weights of `step`.
+
+        Args:
+            step: the training step that was resumed from.
+            host: the trainer.
+            log: verl's `Tracking`.
+
+        Returns:
+            Metrics of the validations.
+        """
+        self._log = log
+        return self.on_rollout_ready(step, host)
+
+    def on_step_end(self, step: int, log: Any) -> dict[str, float]:
+        """Observe, and at the cut fit and write; called after the actor update, before the checkpoint is saved.
+
+        Args:
+            step: the training step just done.
+            log: verl's `Tracking`.
+
+        Returns:
+            Metrics to add to the step's own; empty when there is nothing to do.
+        """
+        if not self.active or not self.plan.observes(step):
+            return {}
+        self._log = log
+        return self._guard(lambda: self._observe(step)) or {}
+
+    def on_save(self, step: int) -> None:
+        """verl is about to save a checkpoint of this step: put on disk what only memory holds."""
+        if self.active and self.schedule.trajectory == "sketch":
+            self._guard(lambda: self._ranks.ask("relex_save"))
+
+    def on_rollout_ready(self, step: int, host: Host) -> dict[str, float]:
+        """Score the predictions of a cut and act on the advice; called when the rollout holds the step's weights.
+
+        Args:
+            step: the training step just done.
+            host: the trainer.
+
+        Returns:
+            Metrics of the validations.
+
+        Raises:
+            RelexError: the rollout could not be given the policy's weights back.
+        """
+        window = self._take_window()
+        verdict: Verdict | None = None
+        try:
+            verdict = self._guard(lambda: decide(host, self.config, self.plan, window, self.schedule.alpha_share))
+        finally:
+            self._restore(step, host)
+        if verdict is None:
+            return {}
+        return self._guard(partial(self._conclude, step, window, verdict, host)) or {}
+
+    def on_train_end(self) -> None:
+        """The run is over, by whatever way."""
+        if self.active and self._schedule is not None:
+            if self.schedule.earlier:
+                reason = self.schedule.earlier[-1]["advice"]["reason"]
+                logger.info("RELEX: training ended before another cut at step %d. %s", self.plan.t_cut, reason)
+            else:
+                said = "RELEX: training ended before the cut at step %d was scored; the trajectory is kept"
+                logger.warning(said, self.plan.t_cut)
+        self.active = False
+
+    def substitute(self, weights: Weights | None) -> None:
+        """Have verl's next weight update send other weights; None ends it. Raises RelexError."""
+        self._ranks.ask("relex_substitute", weights)
+
+    # One observed step, and the cut
+
+    def _observe(self, step: int) -> dict[str, float]:
+        self._metrics = self._ranks.ask("relex_observe", step)
+        if step == self.plan.t_cut:
+            self._fit()
+            if not self.config.validate_targets:
+                self._conclude(step, self._take_window(), Verdict(unscored("relex.validate_targets=false")), None)
+        return self._metrics
+
+    def _fit(self) -> None:
+        """Fit, and write the configured targets before anything is scored: whatever comes, they are there."""
+        self._output.begin_cut(self.plan.t_cut)
+        self._written = {}
+        window = self._ranks.ask("relex_fit", self.config.methods, self.plan.targets)
+        predictions = self.schedule.predictions
+        for i, prediction in enumerate(predictions, 1):
+            logger.info("RELEX: writing %s (%d of %d)", prediction.folder_name, i, len(predictions))
+            self._write(prediction, window["steps"])
+        self._window = window
+
+    def _write(self, prediction: Prediction, steps: list[int]) -> None:
+        trajectory = self._output.path / "trajectory"
+        facts = provenance(self._run.base_model, prediction, self.plan.t_cut, steps, trajectory)
+        folder = self._output.predicted(prediction)
+        self._ranks.ask("relex_write", prediction, folder, facts)
+        self._written[folder] = facts
+
+    def _restore(self, step: int, host: Host) -> None:
+        """Outside every guard: a rollout that kept a prediction's weights would sample the next step from them."""
+        try:
+            host.relex_restore()
+        except Exception as error:
+            raise RelexError(
+                f"after the scoring at step {step} the rollout could not be given the policy's weights back. Training on "
+                "would sample from other weights than the policy's, so the run ends here, whatever relex.on_error says: "
+                "resume it from its last checkpoint"
+            ) from error
+
+    def _conclude(self, step: int, window: dict[str, Any], verdict: Verdict, host: Host | None) -> dict[str, float]:
+        """Tell the user in every place, and act: stop, go on to the next cut, or let go."""
+        winner = verdict.winner
+        if winner is not None and self._output.predicted(winner) not in self._written:
+            self._write(winner, window["steps"])
+        self._output.recommend(winner)
+        found = announce.report(step, window, verdict, self._output, self._written)
+        found |= {"metrics": self._metrics, "earlier_cuts": list(self.schedule.earlier)}
+        found["steps_saved"] = 0 if winner is None else self.schedule.saved
+        self._output.keep(step, found)
+        announce.show(self._output, self._log.logger, step, found, window["figures"], verdict)
+        self.schedule.earlier.append(summary(found))
+        self._act(verdict.advice, host)
+        return verdict.metrics()
+
+    def _act(self, advice: Advice, host: Host | None) -> None:
+        if advice.action == "stop" and self.config.on_cut == "stop" and host is not None:
+            logger.info("RELEX: the run ends here, as relex.on_cut=stop says")
+            announce.attempt("the last checkpoint", host.relex_end_training)
+        following = self.schedule.following() if advice.action == "keep_training" else None
+        if following is None:
+            self._close()
+            return
+        try:
+            self._ranks.ask("relex_room", following.rows_from(self.plan.t_cut + 1))
+        except RelexError as error:
+            logger.warning("RELEX: observes no further, the rows up to step %d do not fit: %s", following.t_cut, error)
+            self._close()
+            return
+        self.schedule.plan = following
+        logger.info("RELEX: observes on; the next cut is at step %d", following.t_cut)
+
+    def _take_window(self) -> dict[str, Any]:
+        window, self._window = self._window, None
+        assert window is not None
+        return window
+
+    # Errors
+
+    def _guard(self, work: Callable[[], Any]) -> Any:
+        """Run a piece of RELEX; an error switches RELEX off (or stops the run, with `relex.on_error=raise`)."""
+        try:
+            return work()
+        except Exception:
+            self._window = None
+            self.active = False
+            if self.config.on_error == "raise":
+                raise
+            logger.error("RELEX failed and is switched off; the training goes on without it", exc_info=True)
+            self._ranks.release()
+            return None
+
+    def _close(self) -> None:
+        self.active = False
+        self._ranks.release()

@@ -1,0 +1,149 @@
+"""One cut: score the predictions in the run and decide. No predicted checkpoint is recommended unless it won."""
+
+import logging
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from relex_verl.maths.advice import Advice, advise, decides, unscored
+from relex_verl.maths.search import screen, search
+from relex_verl.pipeline.prediction import Prediction
+from relex_verl.run.config import Plan, RelexConfig
+from relex_verl.run.protocol import OBSERVED, Host, Weights
+from relex_verl.run.validation import Validation
+
+__all__ = ["Verdict", "decide"]
+
+logger = logging.getLogger("relex_verl")
+
+
+@dataclass
+class Verdict:
+    """What came of the scoring at a cut.
+
+    Attributes:
+        advice: the decision.
+        hold: validation of the last observed weights; None when nothing could be scored.
+        scored: predictions with their validations, in the order in which they were scored.
+        search_scores: folder name -> score on the half of the prompts that the search saw.
+        screened_out: method -> why it was not scored.
+    """
+
+    advice: Advice
+    hold: Validation | None = None
+    scored: list[tuple[Prediction, Validation]] = field(default_factory=list)
+    search_scores: dict[str, float] = field(default_factory=dict)
+    screened_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def winner(self) -> Prediction | None:
+        """The recommended prediction."""
+        return next((one for one, _ in self.scored if one.folder_name == self.advice.target), None)
+
+    def validations(self, t_cut: int) -> dict[str, Validation]:
+        """Name -> validation, the last observed weights first."""
+        held = {} if self.hold is None else {f"observed-step_{t_cut}": self.hold}
+        return held | {one.folder_name: validation for one, validation in self.scored}
+
+    def rows(self, t_cut: int) -> list[dict[str, Any]]:
+        """For the report and the tables."""
+        predicted = {one.folder_name: one for one, _ in self.scored}
+        return [
+            {
+                "name": name,
+                "method": predicted[name].method if name in predicted else None,
+                "target": predicted[name].target if name in predicted else t_cut,
+                "metric": validation.metric,
+                "score": validation.score,
+                "standard_error": validation.standard_error(),
+                "search_score": self.search_scores.get(name),
+                "prompts": len(validation.prompts),
+                "seconds": validation.seconds,
+                "metrics": validation.metrics,
+            }
+            for name, validation in self.validations(t_cut).items()
+        ]
+
+    def metrics(self) -> dict[str, float]:
+        """`relex/val/<method>-step_<N>/...`, and what each validation and all of them cost."""
+        if self.hold is None:
+            return {}
+        flat = {"relex/val/candidates": float(len(self.scored))}
+        for name, validation in [("observed", self.hold), *((one.folder_name, found) for one, found in self.scored)]:
+            flat |= {f"relex/val/{name}/{metric}": value for metric, value in validation.metrics.items()}
+            flat[f"relex/val/{name}/seconds"] = validation.seconds
+            flat["relex/val/seconds"] = flat.get("relex/val/seconds", 0.0) + validation.seconds
+        return flat
+
+
+def decide(host: Host, config: RelexConfig, plan: Plan, window: dict[str, Any], share: float = 1.0) -> Verdict:
+    """Score the last observed weights and up to `relex.max_candidates` predictions with verl's own validation.
+
+    The caller restores the rollout's weights afterwards, whatever happens here.
+
+    Args:
+        host: the trainer.
+        config: the `relex` node.
+        plan: of this cut.
+        window: "backtests" (method -> error against holding), "drift" and "agreement", from rank 0.
+        share: of alpha that this cut may spend, see `advice.alpha_share`.
+    """
+    verdict = Verdict(unscored("no validation"))
+    try:
+        methods, verdict.screened_out = screen(window["backtests"], window["drift"], window["agreement"])
+        for method, reason in verdict.screened_out.items():
+            logger.info("RELEX: %s is not scored: %s", method, reason)
+        verdict.advice = _Scoring(host, config, plan, verdict).run(methods, share)
+    except Exception as error:
+        logger.warning("RELEX: the scoring at step %d failed; nothing is recommended", plan.t_cut, exc_info=True)
+        verdict.advice = unscored(f"the validation failed ({type(error).__name__}: {error})")
+    return verdict
+
+
+class _Scoring:
+    """The validations of one cut. What they give is kept in the verdict as it comes: a later one may fail."""
+
+    def __init__(self, host: Host, config: RelexConfig, plan: Plan, verdict: Verdict) -> None:
+        self.host, self.config, self.plan, self.verdict = host, config, plan, verdict
+
+    def run(self, methods: list[str], share: float) -> Advice:
+        """Score the last observed weights, search along the lines, and test the best that was found."""
+        plan, verdict, config = self.plan, self.verdict, self.config
+        observed = f"observed-step_{plan.t_cut}"
+        hold = self._validate(observed, OBSERVED, config.score_metric)
+        searched = [prompt for prompt in hold.prompts if not decides(prompt)]
+        if not searched or len(searched) == len(hold.prompts):
+            return unscored(f"{len(hold.prompts)} validation prompts are too few to split")
+        verdict.hold = hold
+        verdict.search_scores[observed] = held = hold.mean(searched)
+
+        def score(method: str, target: int) -> float:
+            prediction = self._prediction(method, target)
+            count = f" ({len(verdict.scored) + 1} of at most {config.max_candidates})"
+            # By the metric of the observed weights, whichever the configuration left open.
+            validation = self._validate(prediction.folder_name, prediction, hold.metric, count)
+            verdict.scored.append((prediction, validation))
+            verdict.search_scores[prediction.folder_name] = found = validation.mean(searched)
+            return found
+
+        noise = hold.standard_error(searched)
+        candidates = search(score, methods, plan.targets, plan.t_cut, held, config.max_candidates, noise)
+        if not candidates:
+            return unscored("no method is left to score")
+        best = max(candidates, key=lambda one: one.score)
+        prediction = self._prediction(best.method, best.target)
+        validation = next(validation for one, validation in verdict.scored if one == prediction)
+        name, theirs, ours = prediction.folder_name, hold.prompts, validation.prompts
+        advice = advise(name, ours, theirs, plan.t_cut, config.confidence, share)
+        if advice.action == "stop" and validation.score <= hold.score:  # won on one half only
+            reason = advice.reason.replace("Stop", "Keep training", 1) + ", but not on all prompts"
+            return replace(advice, action="keep_training", target=None, reason=reason)
+        return advice
+
+    def _prediction(self, method: str, target: int) -> Prediction:
+        return Prediction(method, target, self.config.rank, self.config.fit_from)
+
+    def _validate(self, name: str, weights: Weights, metric: str | None, count: str = "") -> Validation:
+        logger.info("RELEX: scoring %s%s", name, count)
+        validation = self.host.relex_validate(weights, metric, self.config.validation_timeout_s)
+        logger.info("RELEX: %s scores %.3f (%.0f s)", name, validation.score, validation.seconds)
+        return validation

@@ -1,0 +1,128 @@
+"""What the driver, the ranks and the host say to each other: plain data, and what a host has to lend."""
+
+import functools
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from relex_verl.pipeline import collectives
+from relex_verl.pipeline.prediction import Prediction
+from relex_verl.run.config import Plan, RelexConfig
+from relex_verl.run.validation import Validation
+from relex_verl.trajectory.shards import ShardSource
+
+__all__ = ["OBSERVED", "Answer", "Engine", "Host", "RunFacts", "Setup", "Started", "Weights", "answers"]
+
+OBSERVED = "observed"
+# What can be scored: a prediction, or the weights observed last (`OBSERVED`), rounded and sent along the same path.
+Weights = Prediction | str
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What identifies a training run, and how it was started.
+
+    Attributes:
+        base_model: folder or Hub id of the base model.
+        project, experiment: the names that the host logs it under.
+        resume_mode: of the host: with "auto" it looks for a checkpoint by itself, and a start at step 0 may be a second
+    """
+
+    base_model: str
+    project: str
+    experiment: str
+    resume_mode: str = "auto"
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What a trajectory's index keeps of it."""
+        return {"project": self.project, "experiment": self.experiment}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a rank is told at the start.
+
+    Attributes:
+        config: the checked `relex` node.
+        plans: the first cut, for each kind of trajectory.
+        predictions: checkpoints to be written.
+        output_dir: of the configuration, made absolute by the driver: a rank may stand in another folder.
+        run: what identifies the run.
+    """
+
+    config: RelexConfig
+    plans: Mapping[str, Plan]
+    predictions: int
+    output_dir: Path
+    run: RunFacts
+
+
+@dataclass(frozen=True)
+class Started:
+    """What a rank says once theta_0 is taken.
+
+    Attributes:
+        trajectory: the kind of trajectory that the engine allows.
+        reason: why it is not what was configured; None when it is.
+        cost: what following the run will take, in words.
+    """
+
+    trajectory: str
+    reason: str | None
+    cost: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a rank reports: a value, or the error that stopped it (`peer` when another rank's)."""
+
+    value: Any = None
+    error: str | None = None
+    kind: str = ""
+    peer: bool = False
+
+
+def answers(method: Callable[..., Any]) -> Callable[..., Answer]:
+    """Have a rank's method answer instead of raise: the driver sees which rank failed, the training does not notice."""
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Answer:
+        try:
+            return Answer(value=method(self, *args, **kwargs))
+        except Exception as error:
+            peer = isinstance(error, collectives.PeerError)
+            return Answer(error=f"{error}\n{traceback.format_exc()}", kind=type(error).__name__, peer=peer)
+
+    return wrapper
+
+
+class Engine(Protocol):
+    """What a rank needs of the host's training engine."""
+
+    @property
+    def no_master(self) -> str | None:
+        """None where float32 master weights can be read shard by shard, else the reason why not."""
+
+    @property
+    def optimizer_on_host(self) -> bool:
+        """Whether the optimizer's state is kept in host memory."""
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Tied name -> the name that holds its elements."""
+
+    def shards(self, master: bool) -> ShardSource:
+        """The weights: float32 master weights, or their bfloat16 rounding. Called once."""
+
+
+class Host(Protocol):
+    """What a trainer lends to a cut."""
+
+    def relex_validate(self, weights: Weights, metric: str | None, timeout: float) -> Validation: ...
+
+    def relex_restore(self) -> None: ...
+
+    def relex_end_training(self) -> None: ...

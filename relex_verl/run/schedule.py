@@ -1,0 +1,92 @@
+"""The cuts of a run: the coming one, those behind it, and what each may spend of the test's level."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from relex_verl.maths.advice import alpha_share
+from relex_verl.pipeline.prediction import Prediction
+from relex_verl.run.config import Plan, RelexConfig
+
+__all__ = ["Schedule"]
+
+logger = logging.getLogger("relex_verl")
+
+# What a kind of trajectory becomes where the engine does not allow it.
+FALLBACK = {"fp32": "bf16"}
+
+
+class Schedule:
+    """Resolves the configuration against one run.
+
+    Attributes:
+        trajectory: the kind by which the weights are followed.
+        plans: the first cut, for each kind that it may come to.
+        plan: the coming cut; None when there is none any more.
+        earlier: what was found at the cuts behind it, see `output.summary`.
+    """
+
+    def __init__(self, config: RelexConfig, total_steps: int) -> None:
+        """Plan the first cut.
+
+        Raises:
+            ConfigError: cut or targets do not fit the run.
+        """
+        self.trajectory = config.trajectory
+        kinds = [config.trajectory, *([FALLBACK[config.trajectory]] if config.trajectory in FALLBACK else [])]
+        self.plans = {kind: config.plan(total_steps, kind) for kind in kinds}
+        self.plan: Plan | None = self.plans[config.trajectory]
+        self.earlier: list[dict[str, Any]] = []
+        self._config, self._total_steps, self._first_cut = config, total_steps, self.plan.t_cut
+
+    @property
+    def predictions(self) -> list[Prediction]:
+        """The configured ones of the coming cut."""
+        methods, targets = self._config.methods, [] if self.plan is None else self.plan.targets
+        return [self.prediction(method, target) for method in methods for target in targets]
+
+    def prediction(self, method: str, target: int) -> Prediction:
+        """With the configured rank and first step."""
+        return Prediction(method, target, self._config.rank, self._config.fit_from)
+
+    @property
+    def alpha_share(self) -> float:
+        """Share of alpha = 1 - confidence that the coming cut may spend."""
+        return alpha_share(len(self.earlier), last=self.following() is None)
+
+    @property
+    def saved(self) -> int:
+        """Steps that need not be trained if the run ends at the coming cut."""
+        return 0 if self.plan is None else self._total_steps - self.plan.t_cut
+
+    def follow(self, trajectory: str) -> None:
+        """Take the kind of trajectory that the engine allows."""
+        self.trajectory, self.plan = trajectory, self.plans[trajectory]
+
+    def following(self) -> Plan | None:
+        """The cut after the coming one, if that does not win; None when the run ends before it."""
+        if self.plan is None:
+            return None
+        return self._config.next_plan(self.plan, self._first_cut, self._total_steps, self.trajectory)
+
+    def resume(self, step: int, earlier: Sequence[dict[str, Any]]) -> None:
+        """Go to the cut that comes next after a step. It may be that step's own, when it came to no verdict.
+
+        Args:
+            step: that training goes on from.
+            earlier: the cuts up to it that came to a verdict.
+        """
+        self.earlier = list(earlier)
+        final = [cut["advice"] for cut in earlier if cut["advice"]["action"] != "keep_training"]
+        if final:
+            logger.info("RELEX: no further cut, since this run has its verdict. %s", final[-1]["reason"])
+            self.plan = None
+        verdicts = {cut["t_cut"] for cut in earlier}
+        while self.plan is not None and (step > self.plan.t_cut or self.plan.t_cut in verdicts):
+            self.skip(step)
+
+    def skip(self, step: int) -> None:
+        """Leave the coming cut out: training goes on from a step behind it, or its rows are missing."""
+        assert self.plan is not None
+        logger.info("RELEX: training resumes at step %d, the cut at %d is behind it", step, self.plan.t_cut)
+        self.plan = self.following()

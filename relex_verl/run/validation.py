@@ -1,0 +1,50 @@
+"""One validation of some weights: its metrics, and the score of every prompt and sample."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import sqrt
+from statistics import fmean, stdev
+
+__all__ = ["Validation", "ValidationTimeout"]
+
+
+class ValidationTimeout(RuntimeError):
+    """A validation took longer than `relex.validation_timeout_s`."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One run of verl's validation.
+
+    Attributes:
+        metrics: as verl computes them.
+        metric: name of the one that is decided on.
+        samples: prompt -> score of each of its samples; only prompts whose samples all came back.
+        seconds: what it cost, the update of the rollout's weights included.
+    """
+
+    metrics: dict[str, float]
+    metric: str
+    samples: dict[str, list[float]]
+    seconds: float
+
+    @property
+    def score(self) -> float:
+        """The metric that is decided on."""
+        return self.metrics[self.metric]
+
+    @cached_property
+    def prompts(self) -> dict[str, float]:
+        """Prompt -> score, the mean over its samples."""
+        return {prompt: fmean(scores) for prompt, scores in self.samples.items()}
+
+    def mean(self, prompts: Sequence[str]) -> float:
+        """Mean score of those of the prompts that came back."""
+        return fmean(self.prompts[prompt] for prompt in prompts if prompt in self.prompts)
+
+    def standard_error(self, prompts: Sequence[str] | None = None) -> float:
+        """Standard error of the mean score, from its spread over the prompts (all by default); 0 for a single one."""
+        chosen = self.prompts if prompts is None else [prompt for prompt in prompts if prompt in self.prompts]
+        scores = [self.prompts[prompt] for prompt in chosen]
+        return stdev(scores) / sqrt(len(scores)) if len(scores) > 1 else 0.0

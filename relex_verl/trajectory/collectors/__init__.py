@@ -1,0 +1,21 @@
+"""What a rank keeps of the weights that it follows: every row, or a sketch of all of them. One interface, two ways.
+
+A collector works on this rank's shards alone. `take` computes what the ranks then add up; `keep` gets the sum. Whoever
+calls them (`Observer`) does the communication and the writing in between.
+"""
+
+from relex_verl.trajectory.collectors.collector import Collector, Held, Taken
+from relex_verl.trajectory.collectors.rows import RowCollector
+from relex_verl.trajectory.collectors.sketched import SketchCollector
+from relex_verl.trajectory.encodings import ENCODINGS, RowEncoding, SketchEncoding
+
+__all__ = ["Collector", "Held", "RowCollector", "SketchCollector", "Taken", "collector_of"]
+
+
+def collector_of(encoding: str) -> Collector:
+    """The collector of an encoding."""
+    kind = ENCODINGS[encoding]
+    if isinstance(kind, RowEncoding):
+        return RowCollector(kind)
+    assert isinstance(kind, SketchEncoding)
+    return SketchCollector(kind)

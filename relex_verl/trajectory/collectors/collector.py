@@ -1,0 +1,81 @@
+"""The interface of collectors, and what goes in and out."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from relex_verl.trajectory.encodings import PackedStep
+from relex_verl.trajectory.shards import Placement
+from relex_verl.trajectory.store import Trajectory
+
+__all__ = ["Collector", "Held", "Taken"]
+
+
+@dataclass
+class Held:
+    """A shard that this rank is the one to count.
+
+    Attributes:
+        shape: of the whole tensor.
+        placement: which of its elements these are.
+        state: (n,) on the host, in the encoding's dtype: the weights at the last row; theta_0 for a sketch.
+    """
+
+    shape: tuple[int, ...]
+    placement: Placement
+    state: torch.Tensor
+
+
+class Taken(NamedTuple):
+    """What one step gave on this rank.
+
+    Attributes:
+        figures_lk: (l, k) float64, a row for each tensor held; summed over the ranks they say something of the whole.
+        changed_l: (l,) elements whose change since the row before was not 0; NaN where no row before is kept.
+        file: to be written for this step; None when nothing is.
+    """
+
+    figures_lk: torch.Tensor
+    changed_l: torch.Tensor
+    file: PackedStep[Any] | None
+
+
+class Collector(Protocol):
+    """What every collector does; see the package's docstring.
+
+    Attributes:
+        held: name -> shard, in the order in which the engine hands them out.
+        steps: the observed steps.
+    """
+
+    held: dict[str, Held]
+    steps: list[int]
+
+    def begin(self, held: dict[str, Held], tensors: int) -> None:
+        """Start with nothing: the shards of this rank, and the number of tensors of all ranks."""
+
+    def resume(self, trajectory: Trajectory, rank: int, step: int) -> None:
+        """Start with what a trajectory holds after `step`."""
+
+    def take(self, step: int, shards: Iterator[tuple[int, Held, torch.Tensor]]) -> Taken:
+        """Look at the weights of this step: (position among the tensors held, shard, its weights now), in order."""
+
+    def keep(self, step: int, figures_Lk: torch.Tensor) -> None:
+        """The step counts: `figures_lk` summed over the ranks, a row for each tensor."""
+
+    def snapshot(self) -> PackedStep[Any] | None:
+        """All that is kept, to be written now; None where every step has written its own file."""
+
+    def gram(self) -> torch.Tensor:
+        """G of the steps, (L, T, T); smoothed to polynomials for a sketch."""
+
+    def energy(self) -> torch.Tensor | None:
+        """sum_t |delta_t|^2, (L,), where G is smoothed and its trace does not say it; else None."""
+
+    def parts(self, position: int) -> list[Any]:
+        """What `Encoding.accumulate` adds up, for the tensor at this position among those held."""
+
+    def bytes_of_tensors(self) -> torch.Tensor:
+        """Bytes of each tensor held, besides the states, (l,) float64; on disk the same."""

@@ -1,0 +1,104 @@
+"""Every row of a window."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from relex_verl.maths.gram import append_row, delta_gram
+from relex_verl.trajectory import replay
+from relex_verl.trajectory.collectors.collector import Held, Taken
+from relex_verl.trajectory.encodings import PackedStep, Packing, RowEncoding, StoredStep
+from relex_verl.trajectory.parallel import in_order
+from relex_verl.trajectory.store import Trajectory
+
+__all__ = ["RowCollector"]
+
+
+class RowCollector:
+    """Every row: one encoded increment a step, and H, the Gram matrix of the increments.
+
+    Attributes:
+        threads: tensors that are worked on at a time; more than one where shards stay as they are until the step is done,
+            as files do.
+    """
+
+    def __init__(self, encoding: RowEncoding) -> None:
+        self.encoding = encoding
+        self.threads = 1
+        self.held: dict[str, Held] = {}
+        self.steps: list[int] = []
+        self.packed: list[PackedStep[Any] | StoredStep[Any]] = []
+        self.increment_gram_LTT = torch.zeros(0, 0, 0, dtype=torch.float64)
+        self._taken: PackedStep[Any] | None = None
+
+    def begin(self, held: dict[str, Held], tensors: int) -> None:
+        """See `Collector`."""
+        self.held, self.steps, self.packed = held, [], []
+        self.increment_gram_LTT = torch.zeros(tensors, 0, 0, dtype=torch.float64)
+
+    def resume(self, trajectory: Trajectory, rank: int, step: int) -> None:
+        """See `Collector`."""
+        self.steps = trajectory.steps_until(step)
+        for shard in replay.last_states(trajectory, step, ranks=[rank]):
+            self.held[shard.name].state.copy_(shard.data)
+        self.packed = [trajectory.load(rank, observed) for observed in self.steps]
+        self.increment_gram_LTT = replay.increment_gram(trajectory, step)
+
+    def take(self, step: int, shards: Iterator[tuple[int, Held, torch.Tensor]]) -> Taken:
+        """See `Collector`; k = T + 1, the new row of H."""
+        packing: Packing[Any] = Packing(
+            self.encoding.part, self.encoding.sizes([len(h.state) for h in self.held.values()])
+        )
+        row_lT = torch.zeros(len(self.held), len(self.packed) + 1, dtype=torch.float64)
+        changed_l = torch.zeros(len(self.held), dtype=torch.float64)
+        items = ((i, held, data, self.parts(i)) for i, held, data in shards)
+        for i, increment, row_T, changed in in_order(self._look, items, self.threads):
+            packing.add(increment)
+            row_lT[i], changed_l[i] = row_T, changed
+        self._taken = packing.step(row_lT)
+        return Taken(row_lT, changed_l, self._taken)
+
+    def _look(self, item: tuple[int, Held, torch.Tensor, list[Any]]) -> tuple[int, Any, torch.Tensor, int]:
+        i, held, data, before = item
+        increment = self.encoding.encode(held.state, data)
+        return i, increment, self.encoding.dots([*before, increment], len(held.state), data.device), increment.changed
+
+    def keep(self, step: int, figures_Lk: torch.Tensor) -> None:
+        """See `Collector`."""
+        taken, self._taken = self._taken, None  # whoever moves this row to disk lets go of its memory
+        assert taken is not None
+        self.increment_gram_LTT = append_row(self.increment_gram_LTT, figures_Lk)
+        self.packed.append(taken)
+        self.steps.append(step)
+        states = enumerate(held.state for held in self.held.values())
+        for _ in in_order(lambda one: self.encoding.advance(one[1], taken.increment(one[0])), states, self.threads):
+            pass
+
+    def leave_to_disk(self, trajectory: Trajectory, rank: int) -> None:
+        """Hold no increment in memory whose file is there: for a pass that has time to read them again."""
+        self.packed = [
+            one if isinstance(one, StoredStep) else trajectory.stored(rank, step)
+            for one, step in zip(self.packed, self.steps, strict=True)
+        ]
+
+    def snapshot(self) -> None:
+        """See `Collector`."""
+        return
+
+    def gram(self) -> torch.Tensor:
+        """See `Collector`."""
+        return delta_gram(self.increment_gram_LTT)
+
+    def energy(self) -> None:
+        """See `Collector`."""
+        return
+
+    def parts(self, position: int) -> list[Any]:
+        """See `Collector`."""
+        return [packed.increment(position) for packed in self.packed]
+
+    def bytes_of_tensors(self) -> torch.Tensor:
+        """See `Collector`."""
+        zero = torch.zeros(len(self.held), dtype=torch.float64)
+        return sum((packed.bytes_of_tensors() for packed in self.packed), start=zero)

@@ -1,0 +1,171 @@
+"""What a trajectory's files add up to: Gram matrices, shards with their increments, and the weights of observed steps."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from relex_verl.maths.gram import append_row, delta_gram
+from relex_verl.maths.sketch import lifted_gram
+from relex_verl.trajectory.encodings import RowEncoding, SketchEncoding
+from relex_verl.trajectory.index import TrajectoryError, step_ranges
+from relex_verl.trajectory.shards import Placement, TensorShard
+from relex_verl.trajectory.store import Trajectory
+
+__all__ = [
+    "ShardHistory",
+    "energy",
+    "error_bound",
+    "gram",
+    "histories",
+    "increment_gram",
+    "last_states",
+    "sketched",
+    "states",
+]
+
+
+class ShardHistory(NamedTuple):
+    """All that is known of one shard up to some step."""
+
+    name: str
+    shape: tuple[int, ...]
+    placement: Placement
+    anchor: torch.Tensor  # (n,) in the encoding's dtype: what `Encoding.accumulate` starts from
+    parts: list[Any]  # the increments; the moments for a sketch
+
+
+def gram(trajectory: Trajectory, cut: int | None = None) -> torch.Tensor:
+    """G of the steps up to the cut, (L, T, T), summed over the ranks; for a sketch smoothed to polynomials."""
+    if trajectory.is_sketch:
+        return lifted_gram(sketched(trajectory, cut)[0], trajectory.steps_until(cut))
+    return delta_gram(increment_gram(trajectory, cut))
+
+
+def energy(trajectory: Trajectory, cut: int | None = None) -> torch.Tensor | None:
+    """sum_t |delta_t|^2, (L,), for a sketch, whose G does not say it; else None."""
+    return sketched(trajectory, cut)[1].sum(dim=1) if trajectory.is_sketch else None
+
+
+def sketched(trajectory: Trajectory, cut: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """S S^T (L, r, r) and |delta_t|^2 (L, T) of a sketch, summed over the ranks."""
+    steps, kind = trajectory.steps_until(cut), trajectory.encoding
+    assert isinstance(kind, SketchEncoding)
+    position = {name: i for i, name in enumerate(trajectory.names)}
+    total = torch.zeros(len(position), kind.size**2 + len(steps), dtype=torch.float64)
+    for rank in range(trajectory.index.world_size):
+        where = torch.tensor([position[name] for name in trajectory.placements(rank)], dtype=torch.int64)
+        total[where] += trajectory.load(rank, steps[-1]).arrays["gram_row"]
+    return total[:, : kind.size**2].reshape(-1, kind.size, kind.size), total[:, kind.size**2 :]
+
+
+def increment_gram(trajectory: Trajectory, cut: int | None = None) -> torch.Tensor:
+    """H of the steps up to the cut, (L, T, T), summed over the ranks.
+
+    Raises:
+        TrajectoryError: it is a sketch.
+    """
+    trajectory.row_encoding()
+    steps = trajectory.steps_until(cut)
+    position = {name: i for i, name in enumerate(trajectory.names)}
+    rows = [torch.zeros(len(position), t + 1, dtype=torch.float64) for t in range(len(steps))]
+    for rank in range(trajectory.index.world_size):
+        placements = trajectory.placements(rank)
+        where = torch.tensor([position[name] for name in placements], dtype=torch.int64)
+        for row, step in zip(rows, steps, strict=True):
+            row[where] += trajectory.load(rank, step).arrays["gram_row"]
+    gram_LTT = torch.zeros(len(position), 0, 0, dtype=torch.float64)
+    for row in rows:
+        gram_LTT = append_row(gram_LTT, row)
+    return gram_LTT
+
+
+def histories(
+    trajectory: Trajectory, cut: int | None = None, ranks: Sequence[int] | None = None
+) -> Iterator[ShardHistory]:
+    """Every shard with what is kept of it up to the cut, one at a time."""
+    encoding = trajectory.encoding
+    for placed, origin, parts in _shards(trajectory, cut, ranks):
+        from_last = isinstance(encoding, RowEncoding) and encoding.anchor_is_last
+        anchor = _advanced(trajectory.row_encoding(), origin, parts) if from_last else origin
+        yield ShardHistory(*placed, anchor, parts)
+
+
+def last_states(
+    trajectory: Trajectory, cut: int | None = None, ranks: Sequence[int] | None = None
+) -> Iterator[TensorShard]:
+    """Every shard at the last observed step up to the cut, one at a time, in the encoding's dtype.
+
+    Raises:
+        TrajectoryError: it is a sketch.
+    """
+    encoding = trajectory.row_encoding()
+    for placed, origin, parts in _shards(trajectory, cut, ranks):
+        yield TensorShard(*placed, _advanced(encoding, origin, parts))
+
+
+def _shards(
+    trajectory: Trajectory, cut: int | None, ranks: Sequence[int] | None
+) -> Iterator[tuple[tuple[str, tuple[int, ...], Placement], torch.Tensor, list[Any]]]:
+    """Name, shape and placement; theta_0; parts."""
+    steps, base, encoding = trajectory.steps_until(cut), trajectory.base(), trajectory.encoding
+    for rank in range(trajectory.index.world_size) if ranks is None else ranks:
+        placements = trajectory.placements(rank)
+        packed = [trajectory.stored(rank, step) for step in (steps[-1:] if trajectory.is_sketch else steps)]
+        origin = trajectory.origin(rank, base, placements)
+        for i, (name, placement) in enumerate(placements.items()):
+            if isinstance(encoding, SketchEncoding):
+                parts = [packed[0].increment(encoding.size * i + j) for j in range(encoding.size)]
+            else:
+                parts = [one.increment(i) for one in packed]
+            yield (name, tuple(trajectory.index.tensors[name]), placement), origin[name], parts
+
+
+def _advanced(encoding: RowEncoding, origin: torch.Tensor, increments: Sequence[Any]) -> torch.Tensor:
+    state = origin.clone()  # it may be a view of a memory-mapped file
+    for increment in increments:
+        encoding.advance(state, increment)
+    return state
+
+
+def error_bound(trajectory: Trajectory, step: int) -> float:
+    """How far a weight of `states(step)` can be from the engine's own: 0 for bf16, a quantum for fp32."""
+    if step == trajectory.window.origin_step:
+        return 0.0
+    _check_observed(trajectory, step)
+    increments = (
+        trajectory.load(rank, step).increment(i)
+        for rank in range(trajectory.index.world_size)
+        for i in range(len(trajectory.placements(rank)))
+    )
+    return max((trajectory.row_encoding().error_bound(increment) for increment in increments), default=0.0)
+
+
+def states(trajectory: Trajectory, step: int) -> Iterator[TensorShard]:
+    """Every shard as it was at an observed step or at the origin: bit for bit for bf16, the reconstruction for fp32.
+
+    Raises:
+        TrajectoryError: the step was not observed, or a sketch does not keep it.
+    """
+    if step == trajectory.window.origin_step:
+        yield from _origins(trajectory)
+        return
+    _check_observed(trajectory, step)
+    yield from last_states(trajectory, step)
+
+
+def _check_observed(trajectory: Trajectory, step: int) -> None:
+    trajectory.row_encoding()
+    if step not in trajectory.steps:
+        raise TrajectoryError(
+            f"step {step} was not observed; {trajectory.folder} holds {step_ranges(trajectory.steps)}"
+        )
+
+
+def _origins(trajectory: Trajectory) -> Iterator[TensorShard]:
+    base = trajectory.base()
+    for rank in range(trajectory.index.world_size):
+        placements = trajectory.placements(rank)
+        origin = trajectory.origin(rank, base, placements)
+        for name, placement in placements.items():
+            yield TensorShard(name, tuple(trajectory.index.tensors[name]), placement, origin[name])

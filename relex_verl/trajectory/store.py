@@ -1,0 +1,270 @@
+"""The append-only store of a run's increments on disk.
+
+    trajectory/
+      index.json                     schema, base model, tensors, and the windows: origin and committed steps
+      rank_00000/placements.json     which elements of which tensors this rank holds
+      rank_00000/origin.safetensors  theta_0, only when it is not the base model
+      rank_00000/step_000001.safetensors   one increment of every tensor, and this rank's part of the new row of H
+
+A sketch has a file only for the steps at which it was stored: the moments of every tensor over all steps so far. The last
+two are kept, so that a run killed between its checkpoint and ours can resume from the one before.
+
+Every file is written to a temporary name and renamed. A step counts when the index names it, and the index is rewritten
+after all ranks have written their files; what a killed run leaves beyond that is ignored, and overwritten by the next.
+A trajectory is a list of windows, each with its own origin; what reads or writes one here works on the last.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import accumulate
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from relex_verl.trajectory.encodings import ENCODINGS, Encoding, PackedStep, RowEncoding, SketchEncoding, StoredStep
+from relex_verl.trajectory.files import save_tensors, write_json
+from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint, resolve_model
+from relex_verl.trajectory.index import SCHEMA_VERSION, TrajectoryError, TrajectoryIndex, Window, step_ranges
+from relex_verl.trajectory.shards import Placement
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "Origin",
+    "Trajectory",
+    "TrajectoryError",
+    "TrajectoryIndex",
+    "Window",
+    "step_ranges",
+]
+
+# Files of a sketch that are kept.
+KEPT_SKETCHES = 2
+
+
+class Trajectory:
+    """A trajectory folder, open for reading; `create`, `append` and `commit` write it."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Open an existing one.
+
+        Raises:
+            TrajectoryError: no index, or one that this version cannot read.
+        """
+        self.folder = Path(folder)
+        try:
+            content = json.loads((self.folder / "index.json").read_text())
+        except FileNotFoundError:
+            raise TrajectoryError(f"{self.folder} holds no trajectory (no index.json)") from None
+        except json.JSONDecodeError as error:
+            raise TrajectoryError(f"{self.folder}/index.json is damaged: {error}") from error
+        if content.get("schema_version") != SCHEMA_VERSION:
+            raise TrajectoryError(
+                f"{self.folder} has schema version {content.get('schema_version')}, this relex-verl reads {SCHEMA_VERSION}"
+            )
+        windows = [Window(**window) for window in content.pop("windows")]
+        self.index = TrajectoryIndex(**content, windows=windows)
+
+    @classmethod
+    def create(cls, folder: Path, index: TrajectoryIndex) -> "Trajectory":
+        """Start one: write its index."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "index.json", asdict(index))
+        return cls(folder)
+
+    # What a rank writes
+
+    def declare_rank(self, rank: int, placements: Mapping[str, Placement], origin: torch.Tensor | None) -> None:
+        """Record which elements a rank holds and, when the base model is not theta_0, its part of theta_0, end to end."""
+        folder = self._rank_folder(rank)
+        folder.mkdir(parents=True, exist_ok=True)
+        if origin is not None:
+            save_tensors(folder / "origin.safetensors", {"origin": origin})
+        runs = {name: {"start": one.full_start, "length": one.length} for name, one in placements.items()}
+        write_json(folder / "placements.json", runs)
+
+    def append(self, rank: int, step: int, packed: PackedStep[Any]) -> None:
+        """Write a rank's file of a step. It counts from `commit` on."""
+        save_tensors(self._step_file(rank, step), packed.arrays)
+
+    # What all ranks know, and one of them writes
+
+    def commit(self, step: int) -> None:
+        """A step that all ranks have appended counts."""
+        self.window.steps.append(step)
+
+    def commit_sketch(self, steps: Sequence[int]) -> list[int]:
+        """A sketch of these steps that all ranks have appended counts; the steps of the files that are not kept for it."""
+        stored = [*self.window.stored, steps[-1]]
+        self.window.steps, self.window.stored = list(steps), stored[-KEPT_SKETCHES:]
+        return stored[:-KEPT_SKETCHES]
+
+    def forget(self, after: int) -> None:
+        """The steps after this one do not count any more (a resumed run trains them again)."""
+        self.window.steps = self.kept_after(after)
+        self.window.stored = [step for step in self.window.stored if step <= after]
+
+    def write_index(self) -> None:
+        """Put on disk what counts."""
+        write_json(self.folder / "index.json", asdict(self.index))
+
+    def delete(self, rank: int, steps: Sequence[int]) -> None:
+        """Delete a rank's files of steps that do not count any more."""
+        for step in steps:
+            self._step_file(rank, step).unlink(missing_ok=True)
+
+    # Reading
+
+    @property
+    def window(self) -> Window:
+        """The window that is being observed: the last."""
+        return self.index.windows[-1]
+
+    @property
+    def steps(self) -> list[int]:
+        """The committed steps of the last window."""
+        return self.window.steps
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the observed tensors, in the order of the stacks."""
+        return list(self.index.tensors)
+
+    def base(self) -> BaseCheckpoint:
+        """The base model, found by the path or Hub id in the index."""
+        return BaseCheckpoint(resolve_model(self.index.base_model))
+
+    @property
+    def encoding(self) -> Encoding:
+        """How it is kept."""
+        return ENCODINGS[self.index.encoding]
+
+    def row_encoding(self) -> RowEncoding:
+        """How its increments are kept.
+
+        Raises:
+            TrajectoryError: it is a sketch, and has none.
+        """
+        if not isinstance(self.encoding, RowEncoding):
+            raise TrajectoryError(
+                f"{self.folder} is a sketch: it keeps polynomials over the steps, not the observed steps themselves. "
+                "For this, observe with relex.trajectory=fp32 or bf16"
+            )
+        return self.encoding
+
+    @property
+    def is_sketch(self) -> bool:
+        """Whether it keeps moments instead of rows."""
+        return isinstance(self.encoding, SketchEncoding)
+
+    def placements(self, rank: int) -> dict[str, Placement]:
+        """Which elements of which tensors a rank holds.
+
+        Raises:
+            TrajectoryError: the rank's folder is missing.
+        """
+        path = self._rank_folder(rank) / "placements.json"
+        if not path.exists():
+            raise TrajectoryError(f"{path} is missing: this trajectory was written by {self.index.world_size} ranks")
+        content = json.loads(path.read_text())
+        return {name: Placement(tuple(one["start"]), tuple(one["length"])) for name, one in content.items()}
+
+    def load(self, rank: int, step: int) -> PackedStep[Any]:
+        """A rank's file of a step, memory-mapped.
+
+        Raises:
+            TrajectoryError: missing or damaged.
+        """
+        path = self._step_file(rank, step)
+        try:
+            with safe_open(path, framework="pt") as handle:
+                arrays = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+                return PackedStep(self.encoding.part, arrays)
+        except Exception as error:
+            raise TrajectoryError(f"{path} cannot be read: {error}") from error
+
+    def stored(self, rank: int, step: int) -> StoredStep[Any]:
+        """A rank's file of a step, of which only the increments in use are in memory.
+
+        Raises:
+            TrajectoryError: missing or damaged.
+        """
+        path = self._step_file(rank, step)
+        try:
+            return StoredStep(self.encoding.part, path)
+        except Exception as error:
+            raise TrajectoryError(f"{path} cannot be read: {error}") from error
+
+    def readable_until(self, rank: int, step: int) -> int:
+        """The last step up to `step` before which no file of a rank that the index names is damaged."""
+        last = 0
+        for named in self.window.stored if self.is_sketch else self.steps:
+            if named > step:
+                break
+            try:
+                self.load(rank, named)
+            except TrajectoryError:
+                if self.is_sketch:
+                    continue  # an older or newer sketch is as whole
+                return last
+            last = named
+        return last if self.is_sketch else step
+
+    def kept_after(self, step: int) -> list[int]:
+        """The steps that a run resumed after `step` goes on with: for a sketch, those of its last file up to there."""
+        last = step if not self.is_sketch else max((one for one in self.window.stored if one <= step), default=0)
+        return [one for one in self.steps if one <= last]
+
+    def steps_until(self, cut: int | None) -> list[int]:
+        """The committed steps up to a cut (all of them for None).
+
+        Raises:
+            TrajectoryError: there is none; a sketch was not stored at the last of them.
+        """
+        steps = [step for step in self.steps if cut is None or step <= cut]
+        if not steps:
+            raise TrajectoryError(f"{self.folder} holds no step up to {cut}; it holds {self.steps or 'none'}")
+        if self.is_sketch and steps[-1] not in self.window.stored:
+            raise TrajectoryError(
+                f"{self.folder} is a sketch, and can be cut only where it was stored: at {step_ranges(self.window.stored)}"
+            )
+        return steps
+
+    def origin(self, rank: int, base: BaseCheckpoint, placements: Mapping[str, Placement]) -> "Origin":
+        """A rank's part of theta_0."""
+        stored = None if self.window.origin == "base" else self._rank_folder(rank) / "origin.safetensors"
+        return Origin(base, placements, stored, self.encoding.dtype)
+
+    @property
+    def elements(self) -> int:
+        """Parameters of the observed tensors."""
+        return sum(prod(shape) for shape in self.index.tensors.values())
+
+    def _step_file(self, rank: int, step: int) -> Path:
+        return self._rank_folder(rank) / f"step_{step:06d}.safetensors"
+
+    def _rank_folder(self, rank: int) -> Path:
+        return self.folder / f"rank_{rank:05d}"
+
+
+class Origin:
+    """A rank's part of theta_0, read from disk tensor by tensor: origin[name] is (n,) in the encoding's dtype."""
+
+    def __init__(
+        self, base: BaseCheckpoint, placements: Mapping[str, Placement], stored: Path | None, dtype: torch.dtype
+    ) -> None:
+        """Args: the base model, what the rank holds, and the file of its own copy where theta_0 is not the base."""
+        self._base, self._placements, self._stored, self._dtype = base, placements, stored, dtype
+        ends = accumulate(placement.numel for placement in placements.values())
+        self._end = dict(zip(placements, ends, strict=True))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        placement = self._placements[name]
+        if self._stored is None:
+            return self._base.read(name, placement).to(self._dtype)
+        with safe_open(self._stored, framework="pt") as handle:
+            return handle.get_slice("origin")[self._end[name] - placement.numel : self._end[name]]

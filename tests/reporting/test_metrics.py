@@ -1,0 +1,198 @@
+"""Values for people: flat metrics, a strict report, and what W&B is given (by a mock here; its own files: integration)."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relex_verl.maths.diagnostics import describe
+from relex_verl.maths.gram import delta_gram
+from relex_verl.reporting import metrics, provenance
+from relex_verl.reporting import wandb as reporting_wandb
+from relex_verl.reporting.wandb import log_cut
+
+STEPS = [1, 2, 3, 4, 5, 6]
+
+
+def grams(tensors: int = 3) -> torch.Tensor:
+    """Trajectories of tensors, the last of which never moved."""
+    generator = torch.Generator().manual_seed(0)
+    increments = torch.randn(tensors, 1, 50, generator=generator, dtype=torch.float64)
+    increments = increments + 0.3 * torch.randn(tensors, len(STEPS), 50, generator=generator, dtype=torch.float64)
+    increments[-1] = 0.0
+    return delta_gram(increments @ increments.transpose(1, 2))
+
+
+def test_metrics_of_a_step() -> None:
+    figures = describe(grams(), STEPS)
+    flat = metrics.step_metrics(figures, 0.02, 1000, backtest=0.6)
+    assert flat["relex/ready"] == 1.0
+    assert flat["relex/backtest/error_vs_hold"] == 0.6
+    assert flat["relex/drift"] == pytest.approx(figures["drift"][:-1].mean().item())
+    for figure in ("explained_variance", "line_r2", "drift"):
+        assert flat[f"relex/{figure}/min"] <= flat[f"relex/{figure}/p10"] <= flat[f"relex/{figure}/mean"]
+    assert all(isinstance(value, float) and math.isfinite(value) for value in flat.values())
+    assert metrics.step_metrics(figures, 0.02, 1000, backtest=1.0)["relex/ready"] == 0.0
+
+
+def test_nothing_is_said_of_what_is_not_defined_yet() -> None:
+    flat = metrics.step_metrics(describe(grams()[:, :1, :1], [1]), 0.02, 1000, math.nan)
+    assert not any("ready" in name or "backtest" in name or "drift" in name for name in flat)
+
+
+def test_a_backtest_needs_enough_rows() -> None:
+    assert math.isnan(metrics.half_backtest(grams()[:, :1, :1], [1], "relex", 1))
+    assert metrics.half_backtest(grams(), STEPS, "relex", 1) < 1.0
+
+
+def test_fits_of_a_cut() -> None:
+    report = metrics.fit_report(["a", "b", "c"], [[5, 10], [50], [2, 25]], grams(), STEPS, 1)
+    assert [row["tensor"] for row in report["tensors"]] == ["a", "b", "c"]
+    assert report["tensors"][0]["explained_variance"] > 0.5
+    assert report["tensors"][2]["explained_variance"] is None
+    assert report["tensors"][2]["delta_norm"] == 0.0
+    assert report["random_walk_null"]["explained_variance"] > 0.8
+
+
+def test_a_trajectory_that_never_moved_makes_a_strict_report() -> None:
+    report = metrics.fit_report(["a"], [[50]], torch.zeros(1, 6, 6, dtype=torch.float64), STEPS, 1)
+    report["backtest"] = metrics.half_backtest(torch.zeros(1, 6, 6, dtype=torch.float64), STEPS, "relex", 1)
+    json.dumps(metrics.strict(report), allow_nan=False)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.tuples(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(VALUES)
+def test_strict_json_holds_everything_that_is_finite(content: Any) -> None:
+    strict = metrics.strict(content)
+    assert json.loads(json.dumps(strict, allow_nan=False)) == json.loads(
+        json.dumps(content), parse_constant=lambda word: None
+    )
+
+
+class WandbMock:
+    """A mock of W&B: keeps what the plugin hands to its module and its run."""
+
+    def __init__(self) -> None:
+        self.run = SimpleNamespace(id="r1", summary={}, alert=self._alert, log_artifact=self._log_artifact)
+        self.logged: list[tuple[dict[str, Any], int]] = []
+        self.alerts: list[tuple[str, str]] = []
+        self.artifacts: dict[str, tuple[Any, list[str]]] = {}
+
+    Table = staticmethod(lambda columns, data: SimpleNamespace(columns=columns, data=data))
+    Image = staticmethod(lambda path: SimpleNamespace(path=path))
+
+    class Artifact:
+        def __init__(self, name: str, type: str, metadata: dict[str, Any], description: str) -> None:
+            self.name, self.type, self.metadata = name, type, metadata
+            self.added: list[tuple[Any, ...]] = []
+
+        def add_dir(self, folder: str) -> None:
+            self.added.append(("dir", folder))
+
+        def add_reference(self, uri: str, checksum: bool = True) -> None:
+            self.added.append(("reference", uri, checksum))
+
+    def log(self, data: dict[str, Any], step: int) -> None:
+        self.logged.append((data, step))
+
+    def _alert(self, title: str, text: str) -> None:
+        self.alerts.append((title, text))
+
+    def _log_artifact(self, artifact: Any, aliases: list[str]) -> None:
+        self.artifacts[artifact.name] = (artifact, aliases)
+
+
+def report_of(action: str, target: str | None) -> dict[str, Any]:
+    rows = [
+        {"name": name, "method": method, "score": 0.5, "metrics": {"val-aux/x": 1.0}}
+        for name, method in (("observed-step_30", None), ("relex-step_60", "relex"))
+    ]
+    return {
+        "fits": {"tensors": [{"tensor": name, "shape": [2, 3], "line_r2": None} for name in ("a", "b")]},
+        "validation_scores": rows,
+        "screened_out": {"poly": "it misses by 3.00 times"},
+        "advice": {"action": action, "target": target, "reason": "Stop: it won"},
+        "recommended_path": "/out/recommended" if target else None,
+        "steps_saved": 170 if target else 0,
+    }
+
+
+@pytest.fixture
+def predicted(tmp_path: Path) -> list[Path]:
+    folders = [tmp_path / "relex-step_60", tmp_path / "relex-step_100"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "relex.json").write_text(json.dumps({"method": "relex", "target": 60}))
+        (folder / "model.safetensors").write_bytes(bytes(100))
+    return folders
+
+
+def test_wandb_gets_it_all(predicted: list[Path]) -> None:
+    wandb = WandbMock()
+    figures = {name: Path(f"{name}.png") for name in ("coefficients", "spectrum", "r2_by_layer", "backtest", "scores")}
+    log_cut(wandb, 30, report_of("stop", "relex-step_60"), figures, predicted)
+    ((logged, step),) = wandb.logged
+    assert step == 30
+    assert logged["relex/tensors"].data == [["a", "[2, 3]", None], ["b", "[2, 3]", None]]
+    assert logged["relex/candidates"].columns == ["name", "method", "score"]
+    assert [row[0] for row in logged["relex/candidates"].data] == ["observed-step_30", "relex-step_60"]
+    assert logged["relex/screened_out"].data == [["poly", "it misses by 3.00 times"]]
+    assert {name for name in logged if "figures" in name} == {f"relex/figures/{name}" for name in figures}
+    assert wandb.run.summary == {
+        "relex/advice": "stop",
+        "relex/recommended_path": "/out/recommended",
+        "relex/steps_saved": 170,
+    }
+    assert wandb.alerts == [("RELEX: stop", "Stop: it won")]
+    artifact, aliases = wandb.artifacts["relex-step_60-r1"]
+    assert (artifact.type, artifact.metadata["method"]) == ("model", "relex")
+    assert artifact.added == [("dir", str(predicted[0]))]
+    assert aliases == ["latest", "recommended"]
+    assert wandb.artifacts["relex-step_100-r1"][1] == ["latest"]
+
+
+def test_wandb_gets_large_checkpoints_by_reference(predicted: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is copied, and nothing read: the training waits meanwhile."""
+    monkeypatch.setattr(reporting_wandb, "UPLOAD_LIMIT", 100)
+    wandb = WandbMock()
+    log_cut(wandb, 30, report_of("stop", "relex-step_60"), {}, predicted)
+    assert wandb.artifacts["relex-step_60-r1"][0].added == [("reference", predicted[0].as_uri(), False)]
+
+
+def test_wandb_of_a_cut_without_scores(predicted: list[Path]) -> None:
+    wandb = WandbMock()
+    report = {**report_of("unscored", None), "validation_scores": [], "screened_out": {}}
+    log_cut(wandb, 30, report, {}, predicted)
+    assert wandb.logged[0][0].keys() == {"relex/tensors"}
+    assert wandb.run.summary == {"relex/advice": "unscored"}
+    assert all("recommended" not in aliases for _, aliases in wandb.artifacts.values())
+
+
+def test_a_real_artifact_takes_a_reference_without_reading_it(predicted: list[Path]) -> None:
+    """W&B's own class: a digest of the path, whatever the file holds."""
+    wandb = pytest.importorskip("wandb")
+    digests = []
+    for content in (b"one", b"two"):
+        (predicted[0] / "model.safetensors").write_bytes(content)
+        artifact = wandb.Artifact("relex", type="model")
+        artifact.add_reference(predicted[0].as_uri(), checksum=False)
+        digests.append(artifact.manifest.entries["model.safetensors"].digest)
+    assert digests[0] == digests[1]
+
+
+def test_provenance_names_what_made_it() -> None:
+    prediction = SimpleNamespace(method="relex", rank=1, target=60, fit_from=1)
+    facts = provenance.provenance("base", prediction, 30, [1, 2], Path("/t"))
+    assert facts["target"] == 60
+    assert {"python", "torch"} <= facts["versions"].keys()

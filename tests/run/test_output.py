@@ -1,0 +1,143 @@
+"""The output folder: nobody's results are lost or taken for another's, and what is at the top is the latest."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from relex_verl.pipeline.prediction import Prediction
+from relex_verl.run.config import ConfigError
+from relex_verl.run.output import RESULTS, OutputFolder
+from relex_verl.run.validation import Validation
+from relex_verl.trajectory.store import TrajectoryError
+
+RUN = {"base model": "base", "project": "p", "experiment": "e"}
+
+
+def left_by(folder: Path, steps: list[int], base: str = "base", experiment: str = "e") -> OutputFolder:
+    """A folder in which a run has observed some steps and been cut."""
+    output = OutputFolder(folder)
+    output.index.parent.mkdir(parents=True)
+    index = {"base_model": base, "run": {"project": "p", "experiment": experiment}, "windows": [{"steps": steps}]}
+    output.index.write_text(json.dumps(index))
+    for name in ("predicted", "recommended", "scores", "figures"):
+        (folder / name).mkdir()
+    (folder / "report.json").write_text("{}")
+    return output
+
+
+def report(t_cut: int, **more: Any) -> dict[str, Any]:
+    return {"t_cut": t_cut, "advice": {"action": "keep_training"}, "validation_scores": [], "screened_out": {}, **more}
+
+
+def test_an_empty_folder_is_anyones(tmp_path: Path) -> None:
+    OutputFolder(tmp_path / "new").claim(RUN, "auto")
+    OutputFolder(tmp_path).claim(RUN, "disable")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("there", "resume_mode", "says"),
+    [
+        ({}, "disable", "trainer.resume_mode=disable starts a new one"),
+        ({}, "resume_path", "trainer.resume_mode=resume_path starts a new one"),
+        ({"base": "other"}, "auto", "base model 'other' there, 'base' here"),
+        ({"experiment": "other"}, "auto", "experiment 'other' there, 'e' here"),
+    ],
+)
+def test_the_steps_of_another_run_are_refused(tmp_path: Path, there: Any, resume_mode: str, says: str) -> None:
+    output = left_by(tmp_path, [1, 2], **there)
+    with pytest.raises(ConfigError, match=re.escape(says)) as refusal:
+        output.claim(RUN, resume_mode)
+    assert "own relex.output_dir, or remove that folder" in str(refusal.value)
+    assert output.index.exists()
+
+
+def test_an_attempt_without_a_checkpoint_is_set_aside_whole(tmp_path: Path) -> None:
+    output = left_by(tmp_path, [1, 2])
+    before = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
+    output.claim(RUN, "auto")
+    (aside,) = tmp_path.iterdir()
+    assert aside.name.startswith("superseded-")
+    assert {path.relative_to(aside) for path in aside.rglob("*")} == before
+
+
+def test_results_without_a_trajectory_are_set_aside(tmp_path: Path) -> None:
+    output = left_by(tmp_path, [])
+    output.claim(RUN, "disable")
+    (aside,) = tmp_path.glob("superseded-*")
+    assert {path.name for path in aside.iterdir()} <= set(RESULTS)
+    assert output.index.exists()  # with no step in it: there is nothing to keep
+
+
+def test_an_index_that_cannot_be_read_is_not_overwritten(tmp_path: Path) -> None:
+    output = left_by(tmp_path, [1])
+    output.index.write_text("{")
+    with pytest.raises(TrajectoryError, match="cannot be read: give this run its own"):
+        output.claim(RUN, "auto")
+
+
+def test_cuts_are_kept_each_and_the_latest_at_the_top(tmp_path: Path) -> None:
+    output = OutputFolder(tmp_path)
+    output.keep(4, report(4, fits={"drift": float("nan")}))
+    output.keep(16, report(16))
+    output.keep_scores(16, {"relex-step_20": Validation({}, "", {"1+1=": [1.0, 0.0]}, 0.1)})
+    assert json.loads((tmp_path / "report.json").read_text())["t_cut"] == 16
+    assert json.loads((tmp_path / "scores/cut_4/report.json").read_text())["fits"] == {"drift": None}
+    assert json.loads((tmp_path / "scores/cut_16/relex-step_20.json").read_text()) == {"1+1=": [1.0, 0.0]}
+    assert [cut["t_cut"] for cut in output.earlier_cuts(16)] == [4, 16]
+    assert [cut["t_cut"] for cut in output.earlier_cuts(15)] == [4]
+    assert output.earlier_cuts(3) == []
+
+
+def test_a_cut_that_is_made_again_clears_itself_and_what_came_after(tmp_path: Path) -> None:
+    output = OutputFolder(tmp_path)
+    for t_cut in (4, 8, 12):
+        output.keep(t_cut, report(t_cut))
+    (tmp_path / "figures").mkdir()
+    output.begin_cut(8)
+    assert [cut["t_cut"] for cut in output.earlier_cuts(100)] == [4]
+    assert not (tmp_path / "figures").exists()
+
+
+def test_a_damaged_report_is_named(tmp_path: Path) -> None:
+    output = OutputFolder(tmp_path)
+    output.keep(4, report(4))
+    (tmp_path / "scores/cut_4/report.json").write_text("{}")
+    with pytest.raises(TrajectoryError, match=r"cut_4/report\.json is damaged"):
+        output.earlier_cuts(9)
+
+
+def test_recommended_is_replaced_whole_and_goes_with_the_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relex_verl.run.output.appears", Path.exists)
+    output, first, second = OutputFolder(tmp_path), Prediction("relex", 20), Prediction("relex", 30)
+    for prediction in (first, second):
+        output.predicted(prediction).mkdir(parents=True)
+        (output.predicted(prediction) / "model.safetensors").write_text(prediction.folder_name)
+        (output.predicted(prediction) / "relex.json").write_text("{}")
+    output.recommend(first)
+    weights = tmp_path / "recommended" / "model.safetensors"
+    assert os.path.samefile(weights, output.predicted(first) / "model.safetensors")
+    output.recommend(second)
+    assert weights.read_text() == "relex-step_30"
+    with pytest.raises(TrajectoryError, match="does not see"):
+        output.recommend(Prediction("relex", 99))
+    assert weights.read_text() == "relex-step_30"
+    output.recommend(None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["predicted"]
+    output.recommend(None)
+
+
+def test_recommended_is_copied_where_files_cannot_be_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError("cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    output, winner = OutputFolder(tmp_path), Prediction("relex", 20)
+    output.predicted(winner).mkdir(parents=True)
+    (output.predicted(winner) / "relex.json").write_text("{}")
+    output.recommend(winner)
+    assert (tmp_path / "recommended" / "relex.json").read_text() == "{}"
