@@ -9,9 +9,10 @@ import torch.multiprocessing as mp
 from fakes import DriftingModel, RankSource, tiny_base
 from safetensors.torch import load_file, save_file
 
+from relex_verl.maths.extrapolators import Prediction
 from relex_verl.offline.ingest import Options, find_checkpoints, ingest, select_steps
 from relex_verl.pipeline.observer import Observer
-from relex_verl.pipeline.prediction import Prediction, extrapolate
+from relex_verl.pipeline.prediction import extrapolate
 from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
 from relex_verl.trajectory.store import Trajectory
 

@@ -9,8 +9,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from fakes import DriftingModel, RankSource
 
+from relex_verl.maths.extrapolators import Prediction
 from relex_verl.pipeline.observer import Observer
-from relex_verl.pipeline.prediction import Prediction
 from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
 
 RUN = {"project": "p", "experiment": "e"}

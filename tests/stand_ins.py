@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from relex_verl.pipeline.prediction import Prediction
+from relex_verl.maths.extrapolators import Prediction
 from relex_verl.run.callback import RelexCallback
 from relex_verl.run.config import RelexConfig
 from relex_verl.run.protocol import Answer, RunFacts, Started

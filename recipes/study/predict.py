@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from relex_verl.maths.extrapolators import fit_weights
-from relex_verl.pipeline.prediction import Prediction, extrapolate
+from relex_verl.maths.extrapolators import Prediction, fit_weights
+from relex_verl.pipeline.prediction import extrapolate
 from relex_verl.trajectory import replay
 from relex_verl.trajectory.store import Trajectory
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from relex_verl.maths.extrapolators import METHODS, fit_weights
-from relex_verl.pipeline.prediction import Prediction, weighted_tensors
+from relex_verl.maths.extrapolators import METHODS, Prediction, fit_weights
+from relex_verl.pipeline.prediction import weighted_tensors
 from relex_verl.trajectory import replay
 from relex_verl.trajectory.store import Trajectory
 from study.grid import SKETCH, Grid, Run

@@ -8,10 +8,10 @@ import typer
 from relex_verl.cli.arguments import AsJson, FitFrom, OutFolder, Rank, TrajectoryFolder, later_steps_of, methods_of
 from relex_verl.cli.screen import clear_errors, console, element_bar, print_json, table_of
 from relex_verl.maths.diagnostics import describe, random_walk_gram, summary
-from relex_verl.maths.extrapolators import METHODS
+from relex_verl.maths.extrapolators import METHODS, Prediction
 from relex_verl.offline import analysis
 from relex_verl.pipeline import prediction as predicting
-from relex_verl.pipeline.prediction import Prediction, write_checkpoint
+from relex_verl.pipeline.prediction import write_checkpoint
 from relex_verl.reporting.provenance import provenance, versions
 from relex_verl.trajectory import replay
 from relex_verl.trajectory.store import Trajectory, step_ranges

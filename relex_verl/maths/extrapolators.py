@@ -12,6 +12,7 @@ direction: its projections are 0, and whatever a is, it predicts the base.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "EXPO_ALPHA",
     "METHODS",
     "Method",
+    "Prediction",
     "fit_weights",
     "increment_coefficients",
     "line_hat",
@@ -209,6 +211,21 @@ METHODS: dict[str, Method] = {
     "poly": Method(_poly, "U U^T p(target), p cubic", "Wei et al. 2026, Table 2, arXiv:2605.21468", 4, 3),
     "hold": Method(_hold, "1_T", "the last observed checkpoint: what every prediction has to beat", 1),
 }
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What to predict: one method, one target step, from the rows from step `fit_from` on."""
+
+    method: str
+    target: int
+    rank: int = 1
+    fit_from: int = 0
+
+    @property
+    def folder_name(self) -> str:
+        """Name of its checkpoint folder."""
+        return f"{self.method}-step_{self.target}"
 
 
 def fit_weights(

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from relex_verl.maths.extrapolators import Prediction
 from relex_verl.pipeline import collectives
 from relex_verl.pipeline import resuming as opening
 from relex_verl.pipeline.collectives import together
-from relex_verl.pipeline.prediction import Prediction, predicted_tensors
+from relex_verl.pipeline.prediction import predicted_tensors
 from relex_verl.trajectory.collectors import Held, collector_of
 from relex_verl.trajectory.encodings import ENCODINGS, Encoding, RowEncoding
 from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint, CheckpointWriter, resolve_model

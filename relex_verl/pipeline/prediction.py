@@ -2,13 +2,12 @@
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from relex_verl.maths.extrapolators import METHODS, fit_weights
+from relex_verl.maths.extrapolators import METHODS, Prediction, fit_weights
 from relex_verl.trajectory import replay
 from relex_verl.trajectory.encodings import Encoding, SketchEncoding
 from relex_verl.trajectory.hf_checkpoint import CheckpointWriter
@@ -16,22 +15,7 @@ from relex_verl.trajectory.replay import ShardHistory
 from relex_verl.trajectory.shards import TensorShard
 from relex_verl.trajectory.store import Trajectory
 
-__all__ = ["Prediction", "check_method", "extrapolate", "predicted_tensors", "weighted_tensors", "write_checkpoint"]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What to predict: one method, one target step, from the rows from step `fit_from` on."""
-
-    method: str
-    target: int
-    rank: int = 1
-    fit_from: int = 0
-
-    @property
-    def folder_name(self) -> str:
-        """Name of its checkpoint folder."""
-        return f"{self.method}-step_{self.target}"
+__all__ = ["check_method", "extrapolate", "predicted_tensors", "weighted_tensors", "write_checkpoint"]
 
 
 def check_method(encoding: Encoding, prediction: Prediction, steps: Sequence[int]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from relex_verl.maths.advice import Advice, unscored
-from relex_verl.pipeline.prediction import Prediction
+from relex_verl.maths.extrapolators import Prediction
 from relex_verl.pipeline.resuming import appears
 from relex_verl.reporting.provenance import provenance
 from relex_verl.run import announce

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from relex_verl.maths.advice import Advice, advise, decides, unscored
+from relex_verl.maths.extrapolators import Prediction
 from relex_verl.maths.search import screen, search
-from relex_verl.pipeline.prediction import Prediction
 from relex_verl.run.config import Plan, RelexConfig
 from relex_verl.run.protocol import OBSERVED, Host, Weights
 from relex_verl.run.validation import Validation

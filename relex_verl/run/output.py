@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from relex_verl.pipeline.prediction import Prediction
+from relex_verl.maths.extrapolators import Prediction
 from relex_verl.pipeline.resuming import appears
 from relex_verl.reporting.metrics import strict
 from relex_verl.run.config import ConfigError

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from relex_verl.maths.extrapolators import Prediction
 from relex_verl.pipeline import collectives
-from relex_verl.pipeline.prediction import Prediction
 from relex_verl.run.config import Plan, RelexConfig
 from relex_verl.run.validation import Validation
 from relex_verl.trajectory.shards import ShardSource

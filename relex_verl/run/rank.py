@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from relex_verl.maths.diagnostics import describe, split_half_agreement
+from relex_verl.maths.extrapolators import Prediction
 from relex_verl.pipeline import collectives
 from relex_verl.pipeline.gathering import whole_tensors
 from relex_verl.pipeline.observer import Observer
-from relex_verl.pipeline.prediction import Prediction, check_method
+from relex_verl.pipeline.prediction import check_method
 from relex_verl.reporting import metrics, report
 from relex_verl.run import budget
 from relex_verl.run.protocol import Engine, Setup, Started, Weights

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from relex_verl.maths.advice import alpha_share
-from relex_verl.pipeline.prediction import Prediction
+from relex_verl.maths.extrapolators import Prediction
 from relex_verl.run.config import Plan, RelexConfig
 
 __all__ = ["Schedule"]

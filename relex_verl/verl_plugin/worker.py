@@ -14,7 +14,7 @@ from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils.device import get_device_id
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
-from relex_verl.pipeline.prediction import Prediction
+from relex_verl.maths.extrapolators import Prediction
 from relex_verl.run.protocol import Setup, Started, Weights, answers
 from relex_verl.run.rank import RelexRank
 from relex_verl.verl_plugin.source import VerlEngine

@@ -36,7 +36,8 @@ for folder in ["{root}/base"] + ["{root}/run/global_step_%d" % t for t in range(
 WORK = """
 from pathlib import Path
 from relex_verl.offline.ingest import find_checkpoints, ingest
-from relex_verl.pipeline.prediction import Prediction, extrapolate, write_checkpoint
+from relex_verl.maths.extrapolators import Prediction
+from relex_verl.pipeline.prediction import extrapolate, write_checkpoint
 root = Path("{root}")
 trajectory = ingest(str(root / "base"), find_checkpoints(root / "run"), "bench", root / "trajectory")
 shards = extrapolate(trajectory, {steps}, Prediction("relex", 10 * {steps}))

@@ -34,7 +34,7 @@ def trained_as(plain: Run, finished: Run, steps: int) -> None:
     "fault",
     [
         "relex_verl.pipeline.observer:Observer.observe",
-        "relex_verl.reporting.tracking:fit_report",
+        "relex_verl.reporting.metrics:fit_report",
         "relex_verl.pipeline.observer:Observer.write_prediction",
     ],
 )

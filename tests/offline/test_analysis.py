@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recorded import moved, random_weights, rank_one_directions, record, record_cut_up
 
+from relex_verl.maths.extrapolators import Prediction
 from relex_verl.offline import analysis
-from relex_verl.pipeline.prediction import Prediction, extrapolate
+from relex_verl.pipeline.prediction import extrapolate
 from relex_verl.trajectory import replay
 from relex_verl.trajectory.store import TrajectoryError
 

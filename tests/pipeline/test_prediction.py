@@ -2,8 +2,8 @@ import pytest
 import torch
 from recorded import by_name, random_weights, record
 
-from relex_verl.maths.extrapolators import fit_weights
-from relex_verl.pipeline.prediction import Prediction, extrapolate, weighted_tensors
+from relex_verl.maths.extrapolators import Prediction, fit_weights
+from relex_verl.pipeline.prediction import extrapolate, weighted_tensors
 from relex_verl.trajectory import replay
 
 BASE = random_weights(scale=0.1)

@@ -11,9 +11,9 @@ from stand_ins import CUT, METRIC, PROMPTS, Host
 
 from relex_verl.maths.advice import decides
 from relex_verl.maths.diagnostics import describe, split_half_agreement
+from relex_verl.maths.extrapolators import Prediction
 from relex_verl.maths.gram import delta_gram
 from relex_verl.maths.search import screen
-from relex_verl.pipeline.prediction import Prediction
 from relex_verl.reporting import metrics
 from relex_verl.run.config import RelexConfig
 from relex_verl.run.cut import Verdict, decide

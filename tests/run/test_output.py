@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from relex_verl.pipeline.prediction import Prediction
+from relex_verl.maths.extrapolators import Prediction
 from relex_verl.run.config import ConfigError
 from relex_verl.run.output import RESULTS, OutputFolder
 from relex_verl.run.validation import Validation

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relex_verl.pipeline.prediction import Prediction
+from relex_verl.maths.extrapolators import Prediction
 from relex_verl.run.config import ConfigError, RelexConfig
 from relex_verl.run.schedule import Schedule
 

@@ -9,8 +9,9 @@ from fakes import DriftingModel, RankSource
 from pipeline import PREDICTION, RUN, STEPS, train, weights_of
 
 from relex_verl.maths.diagnostics import describe
+from relex_verl.maths.extrapolators import Prediction
 from relex_verl.pipeline.observer import Observer
-from relex_verl.pipeline.prediction import Prediction, extrapolate
+from relex_verl.pipeline.prediction import extrapolate
 from relex_verl.trajectory import replay
 from relex_verl.trajectory.encodings import ENCODINGS
 from relex_verl.trajectory.store import Trajectory, TrajectoryError

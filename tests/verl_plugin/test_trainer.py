@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from verl.trainer.ppo.v1 import PPOTrainer, get_trainer_cls
 from verl.trainer.ppo.v1.trainer_separate_async import HybridEngineMode
 
-from relex_verl.pipeline.prediction import Prediction
+from relex_verl.maths.extrapolators import Prediction
 from relex_verl.run.ranks import RelexError
 from relex_verl.run.validation import ValidationTimeout
 from relex_verl.verl_plugin import trainer as plugin

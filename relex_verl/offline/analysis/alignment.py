@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from relex_verl.maths.extrapolators import fit_weights, top_eigenvectors
+from relex_verl.maths.extrapolators import Prediction, fit_weights, top_eigenvectors
 from relex_verl.offline.analysis.windows import observed_until
 from relex_verl.offline.ingest import Checkpoint, Found, IngestError
-from relex_verl.pipeline.prediction import Prediction, check_method
+from relex_verl.pipeline.prediction import check_method
 from relex_verl.trajectory import replay
 from relex_verl.trajectory.store import Trajectory
 

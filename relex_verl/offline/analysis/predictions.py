@@ -7,8 +7,9 @@ from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any
 
+from relex_verl.maths.extrapolators import Prediction
 from relex_verl.offline.analysis.windows import observed_until
-from relex_verl.pipeline.prediction import Prediction, extrapolate, write_checkpoint
+from relex_verl.pipeline.prediction import extrapolate, write_checkpoint
 from relex_verl.reporting.provenance import provenance, versions
 from relex_verl.trajectory.files import write_json
 from relex_verl.trajectory.shards import TensorShard

@@ -2,8 +2,9 @@ import pytest
 import torch
 from recorded import by_name, random_weights, record
 
+from relex_verl.maths.extrapolators import Prediction
 from relex_verl.offline.baselines.weight_extrapolation import is_norm, two_point_factor, weight_extrapolation
-from relex_verl.pipeline.prediction import Prediction, extrapolate
+from relex_verl.pipeline.prediction import extrapolate
 from relex_verl.trajectory.store import TrajectoryError
 
 BASE = random_weights(scale=0.1)
