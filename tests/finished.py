@@ -14,6 +14,7 @@ from relex_verl.offline.ingest import Options, find_checkpoints, ingest, select_
 from relex_verl.pipeline.observer import Observer
 from relex_verl.pipeline.prediction import extrapolate
 from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
+from relex_verl.trajectory.kinds import KINDS
 from relex_verl.trajectory.store import Trajectory
 
 STEPS = (1, 2, 5, 9)
@@ -75,7 +76,7 @@ def _whole(shards):
 def observe(out, base, encoding, rank=0, world=1):
     """One rank of a run that observes itself: the steps of `write_run`."""
     model = DriftingModel(read(base))
-    observer = Observer(out, str(base), {}, {}, encoding)
+    observer = Observer(out, str(base), {}, {}, KINDS[encoding])
     observer.start(RankSource(model.at(0), rank, world))
     observer.open(0)
     for step in STEPS:

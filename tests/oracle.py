@@ -1,13 +1,17 @@
 """The slow way: dense delta matrices, NumPy's SVD and polynomial fits in float64, written from the definitions alone.
 
-Nothing here uses relex_verl. A trajectory is a list of tensors; of each, M (T, d) holds delta_t = theta_t - theta_0.
+Nothing here uses relex_verl but the class that holds G. A trajectory is a list of tensors; of each, M (T, d) holds
+delta_t = theta_t - theta_0.
 """
 
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from hypothesis import strategies as st
 from numpy.polynomial import Polynomial
+
+from relex_verl.maths.window import Window
 
 
 class Dense(NamedTuple):
@@ -25,6 +29,17 @@ class Dense(NamedTuple):
     def gram(self):
         """G of every tensor, (L, T, T)."""
         return np.stack([delta @ delta.T for delta in self.deltas])
+
+    @property
+    def window(self):
+        """What methods and diagnostics take."""
+        return window_of(self.gram, self.steps)
+
+
+def window_of(gram, steps, origin_step=0):
+    """A window with any names."""
+    gram_LTT = torch.as_tensor(gram)
+    return Window([f"tensor {i}" for i in range(len(gram_LTT))], list(steps), gram_LTT, origin_step)
 
 
 KINDS = ("walk", "line", "low-rank", "once", "late", "zero")

@@ -1,7 +1,7 @@
 """The pipeline below verl as a rank of a run drives it, on one process and on two gloo ranks."""
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -11,7 +11,10 @@ from fakes import DriftingModel, RankSource
 
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.pipeline.observer import Observer
+from relex_verl.pipeline.prediction import predicted_tensors, write_together
 from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
+from relex_verl.trajectory.kinds import KINDS
+from relex_verl.trajectory.shards import TensorShard
 
 RUN = {"project": "p", "experiment": "e"}
 STEPS = [1, 2, 3, 5, 6, 9, 10]
@@ -23,16 +26,22 @@ def weights_of(base: Path) -> dict[str, torch.Tensor]:
     return {name: checkpoint.read(name) for name in checkpoint.entries}
 
 
-def train(out: Path, base: Path, encoding: str, rank: int = 0, world: int = 1, steps: list[int] = STEPS) -> Observer:
+def predicted(observer: Observer) -> Iterator[TensorShard]:
+    """This rank's part of PREDICTION."""
+    return predicted_tensors(observer.histories(), observer.kind, observer.window(), PREDICTION)
+
+
+def train(out: Path, base: Path, kind: str, rank: int = 0, world: int = 1, steps: list[int] = STEPS) -> Observer:
     """Observe a drifting model and write one prediction, as a rank of a run does."""
     model = DriftingModel(weights_of(base))
-    observer = Observer(out / "trajectory", str(base), {}, RUN, encoding)
+    observer = Observer(out / "trajectory", str(base), {}, RUN, KINDS[kind])
     observer.start(RankSource(model.at(0), rank, world))
     observer.open(0)
     for step in steps:
         observer.observe(step, RankSource(model.at(step), rank, world))
     observer.save()
-    observer.write_prediction(PREDICTION, out / PREDICTION.folder_name, {"method": "relex"})
+    shards, folder = predicted(observer), out / PREDICTION.folder_name
+    write_together(observer.ranks, observer.base, {}, observer.shapes, shards, folder, {"method": "relex"})
     return observer
 
 
@@ -51,5 +60,5 @@ def on_two_ranks(work: Callable[..., None], *args: object) -> None:
     mp.spawn(rank_main, args=(2, work, port, *args), nprocs=2)
 
 
-def train_rank(rank: int, world: int, out: Path, base: Path, encoding: str) -> None:
-    train(out, base, encoding, rank, world)
+def train_rank(rank: int, world: int, out: Path, base: Path, kind: str) -> None:
+    train(out, base, kind, rank, world)

@@ -4,9 +4,11 @@ import torch
 from safetensors.torch import save_file
 
 from relex_verl.pipeline.observer import Observer
-from relex_verl.trajectory.encodings import ENCODINGS, PackedStep
+from relex_verl.trajectory.encodings import PackedStep
+from relex_verl.trajectory.index import TrajectoryIndex, WindowRecord
+from relex_verl.trajectory.kinds import KINDS
 from relex_verl.trajectory.shards import TensorShard, block_placement, whole
-from relex_verl.trajectory.store import Trajectory, TrajectoryIndex, Window
+from relex_verl.trajectory.store import Trajectory
 
 SHAPES = {
     "model.embed_tokens.weight": (12, 6),
@@ -44,13 +46,13 @@ def write_base(folder, base):
     return folder
 
 
-def record(folder, base, states, encoding="fp32-none"):
+def record(folder, base, states, kind="fp32-none"):
     """A trajectory of one rank: `states` is step -> name -> tensor."""
 
     def source(weights):
         return [TensorShard(name, tuple(one.shape), whole(one.shape), one.flatten()) for name, one in weights.items()]
 
-    observer = Observer(folder / "trajectory", str(write_base(folder / "base", base)), {}, {}, encoding)
+    observer = Observer(folder / "trajectory", str(write_base(folder / "base", base)), {}, {}, KINDS[kind])
     observer.start(source(base))
     observer.open(0)
     for step, weights in states.items():
@@ -58,12 +60,12 @@ def record(folder, base, states, encoding="fp32-none"):
     return Trajectory(folder / "trajectory")
 
 
-def record_cut_up(folder, base, states, encoding="fp32-none", origin="base"):
+def record_cut_up(folder, base, states, kind="fp32-none", origin="base"):
     """The same trajectory as two ranks write it that hold half of the columns each; the second in another order."""
-    kind = ENCODINGS[encoding]
+    kind = KINDS[kind]
     shapes = {name: list(tensor.shape) for name, tensor in sorted(base.items())}
     index = TrajectoryIndex(
-        str(write_base(folder / "base", base)), encoding, 2, shapes, {}, {}, [Window(origin=origin)]
+        str(write_base(folder / "base", base)), kind.name, 2, shapes, {}, {}, [WindowRecord(origin=origin)]
     )
     trajectory = Trajectory.create(folder / "trajectory", index)
     for rank in range(2):
@@ -77,9 +79,9 @@ def record_cut_up(folder, base, states, encoding="fp32-none", origin="base"):
         held = {name: part(base, name) for name in names}
         trajectory.declare_rank(rank, placements, None if origin == "base" else torch.cat(list(held.values())))
         for step, weights in states.items():
-            increments = [kind.encode(held[name], part(weights, name)) for name in names]
+            increments = [kind.rows.encode(held[name], part(weights, name)) for name in names]
             for name, increment in zip(names, increments, strict=True):
-                kind.advance(held[name], increment)
+                kind.rows.advance(held[name], increment)
             row = torch.zeros(len(names), list(states).index(step) + 1, dtype=torch.float64)
             trajectory.append(rank, step, PackedStep.pack(kind.part, increments, row))
     for step in states:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from relex_verl.cli import app
 from relex_verl.pipeline.observer import Observer
 from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
+from relex_verl.trajectory.kinds import KINDS
 
 STEPS = (1, 2, 3, 4, 6, 8)
 
@@ -68,7 +69,7 @@ def finished(tmp_path_factory):
 def sketch(finished):
     """The same run, of which only a sketch was kept."""
     model = DriftingModel(weights(finished / "base"), rate=3e-4)
-    observer = Observer(finished / "sketch", str(finished / "base"), {}, {}, "sketch-4")
+    observer = Observer(finished / "sketch", str(finished / "base"), {}, {}, KINDS["sketch-4"])
     observer.start(RankSource(model.at(0)))
     observer.open(0)
     for step in STEPS[:-1]:

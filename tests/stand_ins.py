@@ -57,8 +57,9 @@ class Workers:
 
     def _relex_start(self, setup: Any) -> Started:
         self.setup = setup
-        fallen = self.reason is not None and setup.config.trajectory == "fp32"
-        return Started("bf16" if fallen else setup.config.trajectory, self.reason, "needs 3 GiB")
+        kind = setup.config.kind
+        fallback = None if self.reason is None else kind.fallback
+        return Started(kind.name if fallback is None else fallback, self.reason, "needs 3 GiB")
 
     def _relex_open(self, step: int) -> list[int]:
         kept = [one for one in self.steps if one <= step]

@@ -79,8 +79,8 @@ def _deltas(prefix: Prefix, target: int) -> dict[str, dict[str, torch.Tensor]]:
     """ "observed": the last row, "predicted": relex's of the target; name -> (n,) float64."""
     predicted = predicted_deltas(prefix, [("relex", target)])
     return {
-        "observed": {name: delta_Tn[-1] for name, delta_Tn in zip(prefix.names, prefix.deltas, strict=True)},
-        "predicted": {name: delta_1n[0] for name, delta_1n in zip(prefix.names, predicted, strict=True)},
+        "observed": {name: delta_Tn[-1] for name, delta_Tn in zip(prefix.window.names, prefix.deltas, strict=True)},
+        "predicted": {name: delta_1n[0] for name, delta_1n in zip(prefix.window.names, predicted, strict=True)},
     }
 
 
@@ -96,7 +96,7 @@ def _pair(one: str, other: str, first: dict, second: dict) -> dict[str, float | 
 
 def _scores(name: str, prefix: Prefix, deltas: dict, base: Path) -> dict[str, float | str]:
     model, (_, test) = load_model(base), load_questions(base)
-    origins = dict(zip(prefix.names, prefix.origins, strict=True))
+    origins = dict(zip(prefix.window.names, prefix.origins, strict=True))
     row: dict[str, float | str] = {"first": name, "second": ""}
     for what, of_tensors in deltas.items():
         weights = {tensor: (origins[tensor], delta) for tensor, delta in of_tensors.items()}

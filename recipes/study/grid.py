@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from relex_verl.maths.extrapolators import METHODS
-from relex_verl.run.config import AUTO_ROWS
+from relex_verl.trajectory.kinds import AUTO_ROWS
 
 PROMPTS, SAMPLES = 64, 8  # a step
 SKETCH = "sketch-4"  # folder and encoding of the sketch, which follows the whole run
@@ -28,7 +28,7 @@ class Arm:
 
     Attributes:
         name: as the results call it.
-        encoding: a name in `relex_verl.trajectory.encodings.ENCODINGS`.
+        encoding: a name in `relex_verl.trajectory.kinds.KINDS`.
         every_step: a row each step; else about 16 rows in the prefix, as `relex.observe_every=auto` takes them.
         methods: whose predictions are scored; none for the yardsticks of the quantisation error.
         every_target: score them at every target, else at the last step of the run only.

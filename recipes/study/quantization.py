@@ -47,10 +47,10 @@ def quantization_run(run: Run, grid: Grid, out: Path, progress: Progress) -> Non
 def _errors(trajectory: Trajectory, arm: Arm, cut: int, exact: Prefix, grid: Grid) -> list[Row]:
     """All methods from all rows to the end of the run; then relex from fewer rows, target and relative horizon fixed."""
     prefix = load_prefix(trajectory, cut)
-    exact, end, all_rows = exact.chosen_rows(prefix.steps), grid.steps, len(prefix.steps)
+    exact, end, all_rows = exact.chosen_rows(prefix.window.steps), grid.steps, len(prefix.window.steps)
     asked = [(all_rows, method, end) for method in METHODS]
     for rows in [round(share * all_rows) for share in SHARES] if cut == grid.cuts[-1] else []:
-        proportional = round(prefix.steps[rows - 1] * end / prefix.steps[-1])
+        proportional = round(prefix.window.steps[rows - 1] * end / prefix.window.steps[-1])
         asked += [(rows, "relex", target) for target in (end, proportional) if (rows, "relex", target) not in asked]
     found: list[Row] = []
     for rows, method, target in asked:

@@ -74,18 +74,24 @@ def score_prefix(
     scores: dict[Wanted, Row] = {}
     for k, (method, target) in enumerate(wanted):
         guess = [delta_Kn[k] for delta_Kn in predicted]
-        row: Row = {"trajectory": arm.name, "rows": len(prefix.steps), "cut": cut, "method": method, "target": target}
+        row: Row = {
+            "trajectory": arm.name,
+            "rows": len(prefix.window.steps),
+            "cut": cut,
+            "method": method,
+            "target": target,
+        }
         row["horizon"] = round(target / cut, 2)
         score_of = (method, 0 if method in ONE_TARGET else target)
         if score_of not in scores:
             weights = zip(prefix.origins, guess, strict=True)
-            scores[score_of] = accuracies(model, dict(zip(prefix.names, weights, strict=True)), test)
+            scores[score_of] = accuracies(model, dict(zip(prefix.window.names, weights, strict=True)), test)
         row |= scores[score_of]
         if target <= grid.steps:
             truth = load_weights(folder / "weights", target)
             deltas = [
                 truth[name].flatten().double() - origin
-                for name, origin in zip(prefix.names, prefix.origins, strict=True)
+                for name, origin in zip(prefix.window.names, prefix.origins, strict=True)
             ]
             found = agreement(guess, deltas)
             row |= {"cosine": found.cosine, "norm_ratio": found.norm_ratio}

@@ -6,6 +6,7 @@ import torch
 from safetensors import safe_open
 
 from relex_verl.maths.extrapolators import METHODS, Prediction, fit_weights
+from relex_verl.maths.window import Window
 from relex_verl.pipeline.prediction import weighted_tensors
 from relex_verl.trajectory import replay
 from relex_verl.trajectory.store import Trajectory
@@ -36,10 +37,11 @@ def _errors(trajectory: Trajectory, states: Path, cut: int) -> list[Row]:
     steps = trajectory.steps_until(cut)
     deltas = dense_deltas(states, cut)
     gram_LTT = torch.stack([deltas[name] @ deltas[name].T for name in trajectory.names])
+    window = Window(trajectory.names, steps, gram_LTT)
     rows: list[Row] = []
     for method in (name for name, one in METHODS.items() if one.degree is not None):
         for target in (round(cut * ahead) for ahead in AHEAD):
-            exact_LT = fit_weights(gram_LTT, steps, target, method)
+            exact_LT = fit_weights(window, Prediction(method, target))
             exact = {name: a_T @ deltas[name] for name, a_T in zip(trajectory.names, exact_LT, strict=True)}
             sketched = _sketched_deltas(trajectory, cut, Prediction(method, target))
             miss_L = torch.tensor([float((sketched[name] - exact[name]).norm()) for name in exact])
@@ -63,7 +65,7 @@ def dense_deltas(states: Path, cut: int) -> dict[str, torch.Tensor]:
 
 def _sketched_deltas(trajectory: Trajectory, cut: int, prediction: Prediction) -> dict[str, torch.Tensor]:
     """theta_hat - theta_0 of each tensor, before rounding to bfloat16."""
-    steps, histories = trajectory.steps_until(cut), list(replay.histories(trajectory, cut))
-    weights_LT = fit_weights(replay.gram(trajectory, cut), steps, prediction.target, prediction.method)
-    shards = weighted_tensors(histories, trajectory.encoding, trajectory.names, steps, weights_LT, torch.float64)
+    window, histories = replay.window(trajectory, cut), list(replay.histories(trajectory, cut))
+    weights_LT = fit_weights(window, prediction)
+    shards = weighted_tensors(histories, trajectory.kind, window, weights_LT, torch.float64)
     return {one.name: one.data - history.anchor.double() for one, history in zip(shards, histories, strict=True)}

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from relex_verl.pipeline.observer import Observer
 from relex_verl.trajectory.hf_checkpoint import write_json
+from relex_verl.trajectory.kinds import KINDS
 from study.grid import Grid, Run
 from study.grpo import Grpo
 from study.task import Questions, greedy_correct, load_questions
@@ -27,7 +28,7 @@ class Recorder:
         for arm in grid.arms(run):
             for name, (spacing, last) in grid.rows(arm).items():
                 identity = {"learning_rate": run.learning_rate, "seed": run.seed}
-                observer = Observer(folder / name, str(base), {}, identity, arm.encoding)
+                observer = Observer(folder / name, str(base), {}, identity, KINDS[arm.encoding])
                 observer.start(self.source)
                 observer.open(0)
                 self.plans[name] = (observer, spacing, last)

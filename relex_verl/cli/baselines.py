@@ -51,7 +51,7 @@ class _Predictions:
     written: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.trajectory.row_encoding()  # before anything is trained: a sketch has no single steps
+        self.trajectory.row_codec()  # before anything is trained: a sketch has no single steps
         self.steps = observed_until(self.trajectory, self.cut)
 
     def write(

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from relex_verl.maths.diagnostics import describe, random_walk_gram, spectrum
-from relex_verl.offline.analysis import Alignment, Window, spread
+from relex_verl.maths.diagnostics import describe, random_walk, spectrum
+from relex_verl.maths.window import Window
+from relex_verl.offline.analysis import Alignment, spread
 from relex_verl.reporting import plots, report
 
 __all__ = ["alignment_figure", "backtest_figure", "diagnosis_figures"]
@@ -14,52 +13,46 @@ __all__ = ["alignment_figure", "backtest_figure", "diagnosis_figures"]
 COMPONENTS = 5  # of the paper's Figure 5
 
 
-def diagnosis_figures(
-    out: Path, names: Sequence[str], window: Window, targets: Sequence[int], chosen: Sequence[str]
-) -> dict[str, Path]:
+def diagnosis_figures(out: Path, window: Window, targets: Sequence[int], chosen: Sequence[str]) -> dict[str, Path]:
     """Figures 4 and 5 of the paper and what stands beside them; name -> PNG file.
 
     Args:
         out: folder of the files.
-        names: of the tensors, in the order of the stack.
         window: the rows.
         targets: steps to which the lines are drawn on.
         chosen: tensors whose coefficients and components are drawn; those that moved most for none.
     """
-    steps, gram_LTT, energy_L = window
-    smoothed = energy_L is not None
-    figures = report.window_figures(out, names, gram_LTT, steps, targets, ["relex"], smoothed)
+    figures = report.window_figures(out, window, targets, ["relex"])
+    positions = [list(window.names).index(name) for name in chosen]
     if chosen:
-        panels = [
-            report.coefficient_panel(name, gram_LTT[names.index(name)], steps, targets, smoothed) for name in chosen
-        ]
+        panels = [report.coefficient_panel(window, i, targets) for i in positions]
         figures["coefficients"] = plots.plot_coefficients(out / "coefficients", panels, "Rank-1 coefficients")[0]
-    if not gram_LTT[:, -1, -1].any():
+    moved_L = window.gram_LTT[:, -1, -1]
+    if not moved_L.any():
         return figures
-    if not smoothed:  # a sketch of r moments has r components, whatever the rows had
-        for name in chosen or [names[int(gram_LTT[:, -1, -1].argmax())]]:
-            figure = f"components_{name}" if chosen else "components"
-            figures[figure] = _components(out / figure, name, gram_LTT[names.index(name)], steps)
+    if not window.smoothed:  # a sketch of r moments has r components, whatever the rows had
+        for i in positions or [int(moved_L.argmax())]:
+            figure = f"components_{window.names[i]}" if chosen else "components"
+            figures[figure] = _components(out / figure, window, i)
     by_module: dict[str, dict[int, float]] = {}
-    shares = describe(gram_LTT, steps, energy_L=energy_L)["explained_variance"].tolist()
-    for name, share in zip(names, shares, strict=True):
+    for name, share in zip(window.names, describe(window)["explained_variance"].tolist(), strict=True):
         layer, module = report.layer_and_module(name)
         by_module.setdefault(module, {})[layer] = share
-    null = describe(random_walk_gram(steps), steps)["explained_variance"].item()
+    null = describe(random_walk(window))["explained_variance"].item()
     stem = out / "explained_variance_by_layer"
     figures[stem.name] = plots.plot_r2_by_layer(stem, by_module, "explained variance", null)[0]
     return figures
 
 
-def _components(stem: Path, name: str, gram_TT: torch.Tensor, steps: Sequence[int]) -> Path:
+def _components(stem: Path, window: Window, tensor: int) -> Path:
     """Figure 5: the leading components of one tensor, signed so that each ends above 0."""
-    of = spectrum(gram_TT.unsqueeze(0))
-    count = min(COMPONENTS, len(steps))
+    of = spectrum(window.gram_LTT[tensor : tensor + 1])
+    count = min(COMPONENTS, window.rows)
     values_r = of.values_LT[0, :count]
     vectors_Tr = of.vectors_LTT[0, :, :count]
     drawn_rT = (vectors_Tr * vectors_Tr[-1].sign() * values_r.sqrt()).T
-    shares = (values_r / values_r.sum()).tolist()
-    return plots.plot_components(stem, f"{name}: variance within rank {count}", steps, drawn_rT.tolist(), shares)[0]
+    shares, title = (values_r / values_r.sum()).tolist(), f"{window.names[tensor]}: variance within rank {count}"
+    return plots.plot_components(stem, title, window.steps, drawn_rT.tolist(), shares)[0]
 
 
 def alignment_figure(out: Path, aligned: Sequence[Alignment], title: str) -> list[Path]:

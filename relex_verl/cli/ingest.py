@@ -10,7 +10,7 @@ from relex_verl.cli.screen import clear_errors, console, notes, print_json, step
 from relex_verl.offline.ingest import Options, recorded_steps, select_steps
 from relex_verl.offline.ingest import ingest as ingest_checkpoints
 from relex_verl.pipeline.observer import Observation
-from relex_verl.trajectory.store import step_ranges
+from relex_verl.trajectory.index import step_ranges
 
 __all__ = ["ingest"]
 

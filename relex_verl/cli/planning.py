@@ -9,7 +9,6 @@ from relex_verl.cli.arguments import AsJson
 from relex_verl.cli.screen import clear_errors, console, print_json
 from relex_verl.run.budget import budget, change_between_rows, traffic
 from relex_verl.run.config import RelexConfig
-from relex_verl.trajectory.encodings import ENCODINGS, encoding_name
 
 __all__ = ["plan"]
 
@@ -70,12 +69,11 @@ def plan(
 def _estimate(
     params: int, ranks: int, per_node: int, config: RelexConfig, change_rate: float, targets: int
 ) -> dict[str, Any]:
-    encoding = ENCODINGS[encoding_name(config.trajectory, config.quantization, config.sketch_size)]
     resolved = config.plan(int(config.t_cut) + 1)
     mine = ceil(params / ranks)
     rate = change_between_rows(change_rate, resolved.observe_every)
-    need = budget(encoding, mine, params, resolved.rows, targets, rate)
-    moved = traffic(encoding, mine, resolved.rows, rate)
+    need = budget(config.kind, mine, params, resolved.rows, targets, rate)
+    moved = traffic(config.kind, mine, resolved.rows, rate)
     return {
         "observed_steps": resolved.rows,
         "observe_every": resolved.observe_every,

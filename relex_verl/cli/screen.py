@@ -14,7 +14,8 @@ from rich.table import Table
 from relex_verl.offline.ingest import IngestError
 from relex_verl.reporting.metrics import strict
 from relex_verl.run.budget import BudgetError
-from relex_verl.trajectory.store import Trajectory, TrajectoryError
+from relex_verl.trajectory.index import TrajectoryError
+from relex_verl.trajectory.store import Trajectory
 
 __all__ = ["clear_errors", "console", "element_bar", "notes", "print_json", "step_bar", "table_of"]
 

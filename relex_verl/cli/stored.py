@@ -7,14 +7,15 @@ import typer
 
 from relex_verl.cli.arguments import AsJson, FitFrom, OutFolder, Rank, TrajectoryFolder, later_steps_of, methods_of
 from relex_verl.cli.screen import clear_errors, console, element_bar, print_json, table_of
-from relex_verl.maths.diagnostics import describe, random_walk_gram, summary
+from relex_verl.maths.diagnostics import describe, random_walk, summary
 from relex_verl.maths.extrapolators import METHODS, Prediction
 from relex_verl.offline import analysis
 from relex_verl.pipeline import prediction as predicting
 from relex_verl.pipeline.prediction import write_checkpoint
 from relex_verl.reporting.provenance import provenance, versions
 from relex_verl.trajectory import replay
-from relex_verl.trajectory.store import Trajectory, step_ranges
+from relex_verl.trajectory.index import step_ranges
+from relex_verl.trajectory.store import Trajectory
 
 __all__ = ["checkout", "extrapolate", "info", "reconstruct"]
 
@@ -23,9 +24,10 @@ def info(trajectory: TrajectoryFolder, as_json: AsJson = False) -> None:
     """Show what a trajectory holds and how straight it is, beside what a pure random walk would show."""
     with clear_errors():
         opened = Trajectory(trajectory)
-        steps, gram_LTT, energy_L = analysis.window(opened)
-        figures = {name: summary(values) for name, values in describe(gram_LTT, steps, energy_L=energy_L).items()}
-        null = {name: values.item() for name, values in describe(random_walk_gram(steps), steps).items()}
+        window = analysis.window(opened)
+        steps = list(window.steps)
+        figures = {name: summary(values) for name, values in describe(window).items()}
+        null = {name: values.item() for name, values in describe(random_walk(window)).items()}
         size = sum(path.stat().st_size for path in trajectory.rglob("*") if path.is_file())
     facts: dict[str, Any] = {
         "base model": opened.index.base_model,
@@ -69,7 +71,7 @@ def checkout(
         provenance = {"base_model": opened.index.base_model, "step": step, "max_error": error}
         provenance |= {"trajectory": str(trajectory.resolve()), "versions": versions()}
         with element_bar(opened, f"step {step}") as advance:
-            write_checkpoint(opened, replay.states(opened, step), out, provenance, opened.encoding.dtype, advance)
+            write_checkpoint(opened, replay.states(opened, step), out, provenance, opened.kind.dtype, advance)
     if as_json:
         print_json({"step": step, "path": str(out), "max_error": error})
         return

@@ -28,7 +28,8 @@ from relex_verl.cli.screen import clear_errors, console, element_bar, print_json
 from relex_verl.offline import analysis
 from relex_verl.offline.ingest import Found, IngestError, select_steps, within
 from relex_verl.reporting.metrics import fit_report
-from relex_verl.trajectory.store import Trajectory, step_ranges
+from relex_verl.trajectory.index import step_ranges
+from relex_verl.trajectory.store import Trajectory
 
 __all__ = ["backtest", "compare", "diagnose", "sweep"]
 
@@ -59,14 +60,16 @@ def diagnose(
     """
     with clear_errors():
         opened = Trajectory(trajectory)
-        rows = analysis.window(opened, t_cut, fit_from)
+        window = analysis.window(opened, t_cut, fit_from)
         shapes = [opened.index.tensors[name] for name in opened.names]
-        fits = fit_report(opened.names, shapes, rows.gram_LTT, rows.steps, rank, rows.energy_L)
+        fits = fit_report(window, shapes, rank)
         targets = steps_of(target, "--target") if target else []
         chosen = tensors_of(tensor, opened.names) if tensor else []
-        figures = diagnosis_figures(out, opened.names, rows, targets, chosen) if out else {}
+        figures = diagnosis_figures(out, window, targets, chosen) if out else {}
     if as_json:
-        print_json({"steps": rows.steps, **fits, "figures": {name: str(path) for name, path in figures.items()}})
+        print_json(
+            {"steps": list(window.steps), **fits, "figures": {name: str(path) for name, path in figures.items()}}
+        )
         return
     table = [{**row, "shape": "x".join(map(str, row["shape"]))} for row in fits["tensors"]]
     blank = dict.fromkeys(table[0])
@@ -113,9 +116,8 @@ def compare(
                 aligned = analysis.align_checkpoints(
                     opened, t_cut, methods, true, **fit, allow_pickle=allow_pickle, progress=advance
                 )
-        if not opened.is_sketch:  # it keeps no row that could be given back
-            whole = analysis.window(opened, reconstruct_cut)
-            rebuilt = analysis.align_reconstruction(whole.gram_LTT, whole.steps, rank)
+        if opened.kind.keeps_rows:  # it keeps no row that could be given back
+            rebuilt = analysis.align_reconstruction(analysis.window(opened, reconstruct_cut), rank)
             aligned += [one for one in rebuilt if _chosen([one.step], steps)]
         figures = alignment_figure(out, aligned, f"fitted up to step {t_cut}") if out else []
     rows = [_alignment_row(one) for one in aligned]
@@ -185,9 +187,9 @@ def backtest(
     """
     with clear_errors():
         opened = Trajectory(trajectory)
-        opened.row_encoding()  # a sketch's rows are smoothed by the last one, too
-        steps, gram_LTT, _ = analysis.window(opened, t_cut, fit_from)
-        rows = analysis.backtests(gram_LTT, steps, methods_of(method), rank)
+        opened.row_codec()  # a sketch's rows are smoothed by the last one, too
+        window = analysis.window(opened, t_cut, fit_from)
+        steps, rows = window.steps, analysis.backtests(window, methods_of(method), rank)
         if not rows:
             raise ValueError(f"{trajectory} holds {len(steps)} observed steps: a backtest of {method} needs more")
         figures = backtest_figure(out, rows, steps[-1]) if out else []

@@ -2,7 +2,7 @@
 
 Every function takes a stack G (L, T, T) float64 of delta Gram matrices and returns one value a tensor, (L,). A tensor
 that never moved has no direction: its diagnostics are NaN ("not defined"), never 0. Explained variance and R^2 alone say
-little (a random walk in many dimensions scores 0.81 and 0.96), hence `random_walk_gram`.
+little (a random walk in many dimensions scores 0.81 and 0.96), hence `random_walk`.
 """
 
 from collections.abc import Sequence
@@ -11,17 +11,20 @@ from typing import NamedTuple
 import torch
 
 from relex_verl.maths.extrapolators import METHODS, line_hat
+from relex_verl.maths.window import Window
 
 __all__ = [
     "Spectrum",
     "backtest_error",
+    "backtest_prefixes",
     "backtest_ratio",
     "coefficients",
     "describe",
     "direction_drift",
     "explained_variance",
+    "half_backtest",
     "line_r2",
-    "random_walk_gram",
+    "random_walk",
     "spectral_gap",
     "spectrum",
     "split_half_agreement",
@@ -43,13 +46,15 @@ def spectrum(gram_LTT: torch.Tensor) -> Spectrum:
     return Spectrum(gram_LTT, values_LT.flip(-1).clamp_min(0.0), vectors_LTT.flip(-1))
 
 
-def random_walk_gram(steps: Sequence[int]) -> torch.Tensor:
-    """G of a random walk from step 0 in the limit of many dimensions: G_ij = min(s_i, s_j), up to scale; (1, T, T).
+def random_walk(window: Window) -> Window:
+    """A random walk over the same steps, from the same origin o: one tensor with G_ij = min(s_i, s_j) - o, up to scale.
 
-    Independent increments are orthogonal there, so <delta_i, delta_j> is the length of the shared prefix.
+    In the limit of many dimensions: independent increments are orthogonal there, so <delta_i, delta_j> is the length of the
+    shared prefix.
     """
-    steps_T = torch.tensor(list(steps), dtype=torch.float64)
-    return torch.minimum(steps_T.unsqueeze(0), steps_T.unsqueeze(1)).unsqueeze(0)
+    reach_T = torch.tensor(window.distances, dtype=torch.float64)
+    gram_1TT = torch.minimum(reach_T.unsqueeze(0), reach_T.unsqueeze(1)).unsqueeze(0)
+    return Window(["random walk"], window.steps, gram_1TT, window.origin_step)
 
 
 def explained_variance(of: Spectrum, rank: int = 1, energy_L: torch.Tensor | None = None) -> torch.Tensor:
@@ -58,7 +63,7 @@ def explained_variance(of: Spectrum, rank: int = 1, energy_L: torch.Tensor | Non
     Args:
         of: of the rows.
         rank: r.
-        energy_L: sum_t |delta_t|^2 where G is that of a sketch, which leaves some of it out: then a lower bound.
+        energy_L: sum_t |delta_t|^2 of the window; trace G for None. More than that for a sketch: then a lower bound.
     """
     return of.values_LT[:, :rank].sum(-1) / (_trace(of.gram_LTT) if energy_L is None else energy_L)
 
@@ -125,61 +130,64 @@ def split_half_agreement(gram_LTT: torch.Tensor) -> torch.Tensor:
     return (inner_L / (first.values_LT[:, 0] * second.values_LT[:, 0]).sqrt()).abs().clamp_max(1.0)
 
 
-def describe(
-    gram_LTT: torch.Tensor, steps: Sequence[int], rank: int = 1, energy_L: torch.Tensor | None = None
-) -> dict[str, torch.Tensor]:
+def describe(window: Window, rank: int = 1) -> dict[str, torch.Tensor]:
     """The figures that are logged for every observed step, one value a tensor.
 
     Args:
-        gram_LTT: G, (L, T, T).
-        steps: the T real step numbers.
+        window: the rows. Smoothed ones say nothing of how straight the real ones are: only the explained variance is defined
+            then.
         rank: directions counted in the explained variance.
-        energy_L: sum_t |delta_t|^2 where G is that of a sketch: smoothed rows say nothing of how straight the real ones
-            are, so only the explained variance is defined then.
 
     Returns:
         Name -> (L,). `drift` is against the first half of the rows; NaN until there are two halves.
     """
-    late = spectrum(gram_LTT)
-    if energy_L is not None:
-        undefined_L = torch.full_like(energy_L, torch.nan)
-        others = dict.fromkeys(("line_r2", "spectral_gap", "drift"), undefined_L)
-        return {"explained_variance": explained_variance(late, rank, energy_L), **others}
-    half = len(steps) // 2
+    late = spectrum(window.gram_LTT)
+    explained_L = explained_variance(late, rank, window.energy_L)
+    if window.smoothed:
+        undefined_L = torch.full_like(explained_L, torch.nan)
+        return {"explained_variance": explained_L, **dict.fromkeys(("line_r2", "spectral_gap", "drift"), undefined_L)}
+    half = window.rows // 2
     drift_L = (
-        direction_drift(spectrum(gram_LTT[:, :half, :half]), late)
+        direction_drift(spectrum(window.gram_LTT[:, :half, :half]), late)
         if half
-        else torch.full_like(late.values_LT[:, 0], torch.nan)
+        else torch.full_like(explained_L, torch.nan)
     )
     return {
-        "explained_variance": explained_variance(late, rank),
-        "line_r2": line_r2(late, steps),
+        "explained_variance": explained_L,
+        "line_r2": line_r2(late, window.steps),
         "spectral_gap": spectral_gap(late),
         "drift": drift_L,
     }
 
 
-def backtest_error(
-    gram_LTT: torch.Tensor, steps: Sequence[int], prefix: int, method: str = "relex", rank: int = 1
-) -> torch.Tensor:
+def backtest_prefixes(window: Window, method: str) -> range:
+    """Numbers of leading rows from which a method can predict the last row; empty where there are too few, or smoothed."""
+    return range(0) if window.smoothed else range(METHODS[method].min_rows, window.rows)
+
+
+def backtest_error(window: Window, prefix: int, method: str = "relex", rank: int = 1) -> torch.Tensor:
     """Fit on the first `prefix` rows, predict the last observed row, compare with holding row `prefix`; (L,).
 
     |delta_hat - delta_T| / |delta_prefix - delta_T|, both from G alone: |sum_t x_t delta_t|^2 = x^T G x. Below 1 the
     prediction is nearer to the truth than the checkpoint that it was made from.
 
     Raises:
-        ValueError: prefix is not smaller than T, or too short for the method.
+        ValueError: prefix is not among `backtest_prefixes`.
     """
-    miss_L, hold_L = _backtest(gram_LTT, steps, prefix, method, rank)
+    miss_L, hold_L = _backtest(window, prefix, method, rank)
     return (miss_L / hold_L).sqrt()
 
 
-def backtest_ratio(
-    gram_LTT: torch.Tensor, steps: Sequence[int], prefix: int, method: str = "relex", rank: int = 1
-) -> float:
+def backtest_ratio(window: Window, prefix: int, method: str = "relex", rank: int = 1) -> float:
     """`backtest_error` of the whole model: the errors of all tensors added before they are compared; NaN if none moved."""
-    miss_L, hold_L = _backtest(gram_LTT, steps, prefix, method, rank)
+    miss_L, hold_L = _backtest(window, prefix, method, rank)
     return float((miss_L.sum() / hold_L.sum()).sqrt())
+
+
+def half_backtest(window: Window, method: str, rank: int = 1) -> float:
+    """`backtest_ratio` of predicting the last row from the first half of the rows; NaN where that cannot be done."""
+    prefix = (window.rows + 1) // 2
+    return backtest_ratio(window, prefix, method, rank) if prefix in backtest_prefixes(window, method) else torch.nan
 
 
 def summary(values_L: torch.Tensor) -> dict[str, float]:
@@ -203,16 +211,17 @@ def _quadratic(gram_LTT: torch.Tensor, vectors_LT: torch.Tensor) -> torch.Tensor
     return torch.einsum("li,lij,lj->l", vectors_LT, gram_LTT, vectors_LT).clamp_min(0.0)
 
 
-def _backtest(
-    gram_LTT: torch.Tensor, steps: Sequence[int], prefix: int, method: str, rank: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _backtest(window: Window, prefix: int, method: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """|delta_hat - delta_T|^2 and |delta_prefix - delta_T|^2, each (L,)."""
-    rows = gram_LTT.shape[-1]
-    if not METHODS[method].min_rows <= prefix < rows:
-        raise ValueError(f"prefix must be within {METHODS[method].min_rows}..{rows - 1} for {method}, got {prefix}")
-    miss_LT = torch.zeros(gram_LTT.shape[:2], dtype=gram_LTT.dtype)
-    miss_LT[:, :prefix] = METHODS[method].weights(gram_LTT[:, :prefix, :prefix], list(steps)[:prefix], steps[-1], rank)
+    prefixes = backtest_prefixes(window, method)
+    if prefix not in prefixes:
+        raise ValueError(
+            f"prefix must be within {prefixes.start}..{prefixes.stop - 1} for {method}, got {prefix} of {window.rows} rows"
+        )
+    early = window.until(window.steps[prefix - 1])
+    miss_LT = torch.zeros(window.gram_LTT.shape[:2], dtype=torch.float64)
+    miss_LT[:, :prefix] = METHODS[method].weights(early, window.steps[-1], rank)
     miss_LT[:, -1] -= 1.0
     hold_LT = torch.zeros_like(miss_LT)
     hold_LT[:, prefix - 1], hold_LT[:, -1] = 1.0, -1.0
-    return _quadratic(gram_LTT, miss_LT), _quadratic(gram_LTT, hold_LT)
+    return _quadratic(window.gram_LTT, miss_LT), _quadratic(window.gram_LTT, hold_LT)

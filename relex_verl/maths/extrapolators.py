@@ -1,11 +1,11 @@
-"""Extrapolators as weight vectors: (G, steps, target) -> a.
+"""Extrapolators as weight vectors: (window, target) -> a.
 
 Every predictor here is linear in the observed deltas of its own tensor,
 
     theta_hat = theta_0 + sum_t a_t delta_t = theta_last + sum_t (w_t - 1) e_t,    w_t = sum_{s >= t} a_s,
 
-so a method is a function that returns `a`, one row a tensor, and needs no weights: only the Gram matrix G = M M^T (L, T, T)
-and the real step numbers. With G = U S^2 U^T, the paper's v_1 = M^T u_1 / s_1 and c = M v_1 = s_1 u_1, the RELEX
+so a method is a function that returns `a`, one row a tensor, and needs no weights: only a `Window`, that is the Gram matrix
+G = M M^T (L, T, T), the real steps and the origin step. With G = U S^2 U^T, v_1 = M^T u_1 / s_1, c = M v_1 = s_1 u_1, its
 prediction c_hat v_1 (Algorithm 2) becomes a = u_1 u_1^T l with l the hat vector of the least-squares line at the target:
 no division by a singular value, no sign to choose, no singular vector in memory. A tensor that never moved (trace 0) has no
 direction: its projections are 0, and whatever a is, it predicts the base.
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+
+from relex_verl.maths.window import Window
 
 __all__ = [
     "EXPO_ALPHA",
@@ -98,18 +100,22 @@ def increment_coefficients(weights_LT: torch.Tensor) -> torch.Tensor:
     return weights_LT.flip(-1).cumsum(-1).flip(-1) - 1.0
 
 
-def reconstruction_weights(gram_LTT: torch.Tensor, row: int, rank: int = 1) -> torch.Tensor:
+def reconstruction_weights(window: Window, step: int, rank: int = 1) -> torch.Tensor:
     """Rank-r reconstruction of an observed row (paper, Algorithm 1): a = U_r U_r^T 1_row.
 
     Args:
-        gram_LTT: G, (L, T, T).
-        row: index of the observed row, 0 <= row < T.
+        window: whose rows span the directions.
+        step: one of its steps.
         rank: r.
 
     Returns:
         a, (L, T).
+
+    Raises:
+        ValueError: the step is not among the window's.
     """
-    return _project(gram_LTT, _unit(gram_LTT, row), rank)
+    row = list(window.steps).index(step)
+    return _project(window.gram_LTT, _unit(window.rows, row), rank)
 
 
 # "Usually good" by its authors, who have no step axis: the target does not enter.
@@ -117,26 +123,31 @@ EXPO_ALPHA = 0.5
 
 
 class Method(NamedTuple):
-    """One extrapolator.
+    """One extrapolator: all that anything here knows of it.
 
     Attributes:
-        weights: (G, steps, target, rank) -> a.
-        formula: of a.
+        weights: (window, target, rank) -> a (L, T).
+        formula: of a; o is the origin step.
         source: where it comes from.
         min_rows: observed steps that it needs.
         degree: of the polynomial over the steps that it fits, so that a sketch of more moments gives it; None for a method
             that takes single rows.
+        along_v1: it follows the first singular direction, and is worth nothing where there is none.
+        step_axis: its prediction depends on the target step, or is a constant over the steps, so that a backtest at a step
+            says something of it.
     """
 
-    weights: Callable[..., torch.Tensor]
+    weights: Callable[[Window, float, int], torch.Tensor]
     formula: str
     source: str
     min_rows: int = 2
     degree: int | None = None
+    along_v1: bool = False
+    step_axis: bool = True
 
 
-def _unit(gram_LTT: torch.Tensor, row: int) -> torch.Tensor:
-    unit_T = torch.zeros(gram_LTT.shape[-1], dtype=gram_LTT.dtype)
+def _unit(rows: int, row: int) -> torch.Tensor:
+    unit_T = torch.zeros(rows, dtype=torch.float64)
     unit_T[row] = 1.0
     return unit_T
 
@@ -149,67 +160,102 @@ def _project(gram_LTT: torch.Tensor, hat_T: torch.Tensor, rank: int) -> torch.Te
     return torch.where(moved_L1, weights_LT, 0.0)
 
 
-def _same_for_all(gram_LTT: torch.Tensor, weights_T: torch.Tensor) -> torch.Tensor:
-    return weights_T.to(gram_LTT).expand(gram_LTT.shape[0], -1).clone()
+def _same_for_all(window: Window, weights_T: torch.Tensor) -> torch.Tensor:
+    return weights_T.to(window.gram_LTT).expand(len(window.names), -1).clone()
 
 
-def _relex(gram_LTT: torch.Tensor, steps: Sequence[int], target: float, rank: int) -> torch.Tensor:
-    return _project(gram_LTT, line_hat(steps, target), rank)
+def _relex(window: Window, target: float, rank: int) -> torch.Tensor:
+    return _project(window.gram_LTT, line_hat(window.steps, target), rank)
 
 
-def _anchored(gram_LTT: torch.Tensor, steps: Sequence[int], target: float, rank: int) -> torch.Tensor:
-    change_LT = _project(gram_LTT, line_hat(steps, target) - line_hat(steps, steps[-1]), rank)
-    return _unit(gram_LTT, -1) + change_LT
+def _anchored(window: Window, target: float, rank: int) -> torch.Tensor:
+    change_T = line_hat(window.steps, target) - line_hat(window.steps, window.steps[-1])
+    return _unit(window.rows, -1) + _project(window.gram_LTT, change_T, rank)
 
 
-def _anchored_half(gram_LTT: torch.Tensor, steps: Sequence[int], target: float, rank: int) -> torch.Tensor:
+def _anchored_half(window: Window, target: float, rank: int) -> torch.Tensor:
     """Like `anchored`, from the rows after the middle one taken relative to it: delta_t - delta_middle = (P M)_t."""
-    middle = len(steps) // 2 - 1
-    late = list(steps)[middle + 1 :]
-    shift_kT = torch.eye(len(steps), dtype=gram_LTT.dtype)[middle + 1 :] - _unit(gram_LTT, middle)
-    gram_Lkk = shift_kT @ gram_LTT @ shift_kT.T
+    rows, middle = window.rows, window.rows // 2 - 1
+    late = list(window.steps)[middle + 1 :]
+    shift_kT = torch.eye(rows, dtype=torch.float64)[middle + 1 :] - _unit(rows, middle)
+    gram_Lkk = shift_kT @ window.gram_LTT @ shift_kT.T
     change_Lk = _project(gram_Lkk, line_hat(late, target) - line_hat(late, late[-1]), rank)
-    return _unit(gram_LTT, -1) + change_Lk @ shift_kT
+    return _unit(rows, -1) + change_Lk @ shift_kT
 
 
-def _poly(gram_LTT: torch.Tensor, steps: Sequence[int], target: float, rank: int) -> torch.Tensor:
-    return _project(gram_LTT, polynomial_hat(steps, target, degree=3), rank)
+def _poly(window: Window, target: float, rank: int) -> torch.Tensor:
+    return _project(window.gram_LTT, polynomial_hat(window.steps, target, degree=3), rank)
 
 
-def _raw_ols(gram_LTT: torch.Tensor, steps: Sequence[int], target: float, rank: int) -> torch.Tensor:
-    return _same_for_all(gram_LTT, line_hat(steps, target))
+def _raw_ols(window: Window, target: float, rank: int) -> torch.Tensor:
+    return _same_for_all(window, line_hat(window.steps, target))
 
 
-def _two_point(gram_LTT: torch.Tensor, steps: Sequence[int], target: float, rank: int) -> torch.Tensor:
-    return _same_for_all(gram_LTT, _unit(gram_LTT, -1) * (target / steps[-1]))
+def _from_origin(window: Window, target: float, row: int) -> torch.Tensor:
+    """The line through the origin and one row."""
+    factor = (target - window.origin_step) / window.distances[row]
+    return _same_for_all(window, factor * _unit(window.rows, row))
 
 
-def _first_step(gram_LTT: torch.Tensor, steps: Sequence[int], target: float, rank: int) -> torch.Tensor:
-    return _same_for_all(gram_LTT, _unit(gram_LTT, 0) * (target / steps[0]))
+def _two_point(window: Window, target: float, rank: int) -> torch.Tensor:
+    return _from_origin(window, target, -1)
 
 
-def _expo(gram_LTT: torch.Tensor, steps: Sequence[int], target: float, rank: int) -> torch.Tensor:
-    return _same_for_all(gram_LTT, _unit(gram_LTT, -1) * (1.0 + EXPO_ALPHA))
+def _first_step(window: Window, target: float, rank: int) -> torch.Tensor:
+    return _from_origin(window, target, 0)
 
 
-def _hold(gram_LTT: torch.Tensor, steps: Sequence[int], target: float, rank: int) -> torch.Tensor:
-    return _same_for_all(gram_LTT, _unit(gram_LTT, -1))
+def _expo(window: Window, target: float, rank: int) -> torch.Tensor:
+    return _same_for_all(window, (1.0 + EXPO_ALPHA) * _unit(window.rows, -1))
+
+
+def _hold(window: Window, target: float, rank: int) -> torch.Tensor:
+    return _same_for_all(window, _unit(window.rows, -1))
 
 
 METHODS: dict[str, Method] = {
-    "relex": Method(_relex, "U U^T l(target)", "Wei et al. 2026, Algorithm 2, arXiv:2605.21468", degree=1),
-    "anchored": Method(_anchored, "1_T + U U^T (l(target) - l(s_T))", "ours: keeps what rank r leaves out of theta_T"),
+    "relex": Method(
+        _relex, "U U^T l(target)", "Wei et al. 2026, Algorithm 2, arXiv:2605.21468", degree=1, along_v1=True
+    ),
+    "anchored": Method(
+        _anchored, "1_T + U U^T (l(target) - l(s_T))", "ours: keeps what rank r leaves out of theta_T", along_v1=True
+    ),
     "anchored-half": Method(
-        _anchored_half, "anchored, U and l from the rows after the middle one, relative to it", "ours", min_rows=4
+        _anchored_half,
+        "anchored, U and l from the rows after the middle one, relative to it",
+        "ours",
+        min_rows=4,
+        along_v1=True,
     ),
     "two-point": Method(
-        _two_point, "(target / s_T) 1_T", "Wang et al. 2026, Weight Extrapolation, arXiv:2601.04537", 1
+        _two_point,
+        "(target - o) / (s_T - o) 1_T",
+        "Wang et al. 2026, Weight Extrapolation, arXiv:2601.04537",
+        min_rows=1,
     ),
-    "first-step": Method(_first_step, "(target / s_1) 1_1", "basetenlabs/relex-replication: W_0 + k (W_1 - W_0)", 1),
+    "first-step": Method(
+        _first_step,
+        "(target - o) / (s_1 - o) 1_1",
+        "basetenlabs/relex-replication: W_0 + k (W_1 - W_0)",
+        min_rows=1,
+    ),
     "raw-ols": Method(_raw_ols, "l(target)", "least squares on every raw weight; relex with rank T", degree=1),
-    "expo": Method(_expo, "(1 + 0.5) 1_T, whatever the target", "Zheng et al. 2025, ExPO, arXiv:2404.16792", 1),
-    "poly": Method(_poly, "U U^T p(target), p cubic", "Wei et al. 2026, Table 2, arXiv:2605.21468", 4, 3),
-    "hold": Method(_hold, "1_T", "the last observed checkpoint: what every prediction has to beat", 1),
+    "expo": Method(
+        _expo,
+        "(1 + 0.5) 1_T, whatever the target",
+        "Zheng et al. 2025, ExPO, arXiv:2404.16792",
+        min_rows=1,
+        step_axis=False,
+    ),
+    "poly": Method(
+        _poly,
+        "U U^T p(target), p cubic",
+        "Wei et al. 2026, Table 2, arXiv:2605.21468",
+        min_rows=4,
+        degree=3,
+        along_v1=True,
+    ),
+    "hold": Method(_hold, "1_T", "the last observed checkpoint: what every prediction has to beat", min_rows=1),
 }
 
 
@@ -220,7 +266,7 @@ class Prediction:
     method: str
     target: int
     rank: int = 1
-    fit_from: int = 0
+    fit_from: int = 1
 
     @property
     def folder_name(self) -> str:
@@ -228,18 +274,12 @@ class Prediction:
         return f"{self.method}-step_{self.target}"
 
 
-def fit_weights(
-    gram_LTT: torch.Tensor, steps: Sequence[int], target: float, method: str, rank: int = 1, fit_from: int = 0
-) -> torch.Tensor:
-    """a of a method fitted on the rows from step `fit_from` on; rows before it (a warm-up) get weight 0.
+def fit_weights(window: Window, prediction: Prediction) -> torch.Tensor:
+    """a of a prediction, fitted on the rows from its `fit_from` on; rows before (a warm-up) get weight 0.
 
     Args:
-        gram_LTT: G, (L, T, T).
-        steps: the T real step numbers, ascending.
-        target: the step to predict.
-        method: a name in METHODS.
-        rank: r.
-        fit_from: first step that takes part in the fit.
+        window: all rows.
+        prediction: the method, its rank, the target, and the first step that takes part.
 
     Returns:
         a, (L, T) float64.
@@ -247,11 +287,12 @@ def fit_weights(
     Raises:
         ValueError: too few rows are left for the method.
     """
-    skipped = sum(step < fit_from for step in steps)
-    rows = len(steps) - skipped
-    if rows < METHODS[method].min_rows:
+    method = METHODS[prediction.method]
+    fitted = window.since(prediction.fit_from)
+    if fitted.rows < method.min_rows:
         raise ValueError(
-            f"{method} needs {METHODS[method].min_rows} observed steps from {fit_from} on, there are {rows}"
+            f"{prediction.method} needs {method.min_rows} observed steps from {prediction.fit_from} on, there are "
+            f"{fitted.rows}"
         )
-    fitted_LT = METHODS[method].weights(gram_LTT[:, skipped:, skipped:], list(steps)[skipped:], target, rank)
-    return torch.nn.functional.pad(fitted_LT, (skipped, 0))
+    weights_LT = method.weights(fitted, prediction.target, prediction.rank)
+    return torch.nn.functional.pad(weights_LT, (window.rows - fitted.rows, 0))

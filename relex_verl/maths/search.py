@@ -8,16 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 
+from relex_verl.maths.extrapolators import METHODS
+
 __all__ = ["MAX_HORIZON", "Candidate", "next_target", "screen", "search"]
 
 # The paper goes to 20 times the prefix. Beyond this many the line has left the data behind.
 MAX_HORIZON = 25.0
-# The window speaks against a method that follows v1 when v1 itself is not one direction.
-ALONG_V1 = {"relex", "anchored", "anchored-half", "poly"}
+# Beyond these the window itself speaks against v1.
 MOST_DRIFT = 0.6
 LEAST_AGREEMENT = 0.05
-# Methods without a step axis: a backtest at a step says nothing of them.
-UNFITTED = {"expo"}
 # Two horizons closer than this ratio are not told apart by a few hundred prompts.
 FINEST_RATIO = 1.2
 
@@ -53,19 +52,24 @@ def screen(backtests: Mapping[str, float], drift: float, agreement: float) -> tu
     reasons: dict[str, str] = {}
     for method in order[1:]:
         error = backtests[method]
-        if error >= 1.0 and method not in UNFITTED:
+        if error >= 1.0 and METHODS[method].step_axis:
             reasons[method] = f"in the backtest it misses by {error:.2f} times what holding the weights misses"
-        elif method in ALONG_V1 and drift > MOST_DRIFT:
+        elif METHODS[method].along_v1 and drift > MOST_DRIFT:
             reasons[method] = (
                 f"v1 is not settled: it turned by 1 - |cos| = {drift:.2f} since the first half of the window"
             )
-        elif method in ALONG_V1 and agreement < LEAST_AGREEMENT:
+        elif METHODS[method].along_v1 and agreement < LEAST_AGREEMENT:
             reasons[method] = f"the two halves of the window disagree on v1 (|cos| = {agreement:.2f})"
     return [method for method in order if method not in reasons], reasons
 
 
 def next_target(
-    tried: Mapping[int, float], targets: Sequence[int], t_cut: int, hold: float, margin: float = 0.0
+    tried: Mapping[int, float],
+    targets: Sequence[int],
+    t_cut: int,
+    hold: float,
+    margin: float = 0.0,
+    origin_step: int = 0,
 ) -> int | None:
     """The next step to predict and score for one method; None when the search is done.
 
@@ -78,6 +82,7 @@ def next_target(
         t_cut: the last observed step.
         hold: score of the last observed weights, the first point of the curve.
         margin: a smaller drop below the best is noise and does not count as a fall.
+        origin_step: where the line starts; horizons are measured from there.
     """
     curve = {t_cut: hold, **tried}
     steps = sorted(curve)
@@ -87,11 +92,12 @@ def next_target(
     if ahead and curve[farthest] >= curve[best] - margin:
         return ahead[0]
     if best == farthest:
-        return 2 * best if 2 * best <= MAX_HORIZON * t_cut else None
+        twice = 2 * best - origin_step
+        return twice if twice - origin_step <= MAX_HORIZON * (t_cut - origin_step) else None
     place = steps.index(best)
     gaps = list(zip(steps[max(0, place - 1) :], steps[max(0, place - 1) + 1 : place + 2], strict=False))
-    low, high = max(gaps, key=lambda gap: gap[1] / gap[0])
-    middle = round(sqrt(low * high))
+    low, high = max(((low - origin_step, high - origin_step) for low, high in gaps), key=lambda gap: gap[1] / gap[0])
+    middle = origin_step + round(sqrt(low * high))
     return middle if high / low >= FINEST_RATIO**2 and middle not in curve else None
 
 
@@ -103,6 +109,7 @@ def search(
     hold: float,
     budget: int,
     margin: float = 0.0,
+    origin_step: int = 0,
 ) -> list[Candidate]:
     """Spend the budget on the methods in turn, each along its own line.
 
@@ -113,7 +120,7 @@ def search(
         t_cut: the last observed step.
         hold: score of the last observed weights.
         budget: how many predictions may be scored.
-        margin: see `next_target`.
+        margin, origin_step: see `next_target`.
 
     Returns:
         What was scored, in that order.
@@ -123,7 +130,7 @@ def search(
     open_methods = list(methods)
     while open_methods and len(scored) < budget:
         for method in list(open_methods):
-            target = next_target(tried[method], targets, t_cut, hold, margin)
+            target = next_target(tried[method], targets, t_cut, hold, margin, origin_step)
             if target is None:
                 open_methods.remove(method)
             elif len(scored) < budget:

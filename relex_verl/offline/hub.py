@@ -8,7 +8,7 @@ from typing import Any
 
 from relex_verl.maths.extrapolators import METHODS
 from relex_verl.offline.baselines import SOURCES
-from relex_verl.trajectory.store import step_ranges
+from relex_verl.trajectory.index import step_ranges
 
 __all__ = ["ShareError", "model_card", "push"]
 

@@ -5,14 +5,18 @@ from typing import Any
 
 import torch
 
-from relex_verl.pipeline import collectives
+from relex_verl.pipeline.collectives import Collectives
 from relex_verl.trajectory.shards import TensorShard
 
 __all__ = ["whole_tensors"]
 
 
 def whole_tensors(
-    shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str], shards: Iterator[TensorShard], device: Any
+    ranks: Collectives,
+    shapes: Mapping[str, tuple[int, ...]],
+    aliases: Mapping[str, str],
+    shards: Iterator[TensorShard],
+    device: Any,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Put the ranks' shards together. Collective: all ranks iterate, to the end.
 
@@ -20,6 +24,7 @@ def whole_tensors(
     error comes at the end, on every rank, and the weights that were handed out are worth nothing then.
 
     Args:
+        ranks: all of them.
         shapes: of all tensors, in the order of the stacks.
         aliases: tied name -> the name that it shares its elements with.
         shards: this rank's, in the same order.
@@ -42,10 +47,10 @@ def whole_tensors(
             for local, full, length in shard.placement.runs():
                 flat[full : full + length] = data[local : local + length]
             shard = next(shards, None)
-        tensor = collectives.merge(flat).view(shape)
+        tensor = ranks.merge(flat).view(shape)
         yield name, tensor
         yield from ((alias, tensor) for alias, held in aliases.items() if held == name)
-    collectives.all_or_nothing(errors[0] if errors else None)
+    ranks.all_or_nothing(errors[0] if errors else None)
 
 
 def _until_error(shards: Iterator[TensorShard], errors: list[Exception]) -> Iterator[TensorShard]:

@@ -1,10 +1,8 @@
-"""The one pipeline, online and offline: shards -> increments -> trajectory -> H and G -> weights -> predicted tensors.
+"""Recording: the weights of a running training become rows of a trajectory, on all ranks together.
 
-`Observer` is one rank's part of a running training; `prediction.extrapolate` does the same later from the trajectory on
-disk. Both end in `predicted_tensors`, so a prediction has the same bits whichever way it was made.
+`Observer` is one rank's part. What is predicted from it (`prediction`) has the same bits as later from the trajectory.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,17 +12,16 @@ from typing import Any
 
 import torch
 
-from relex_verl.maths.extrapolators import Prediction
-from relex_verl.pipeline import collectives
-from relex_verl.pipeline import resuming as opening
-from relex_verl.pipeline.collectives import together
-from relex_verl.pipeline.prediction import predicted_tensors
+from relex_verl.maths.window import Window
+from relex_verl.pipeline import resuming
+from relex_verl.pipeline.collectives import Collectives
 from relex_verl.trajectory.collectors import Held, collector_of
-from relex_verl.trajectory.encodings import ENCODINGS, Encoding, RowEncoding
-from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint, CheckpointWriter, resolve_model
+from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint, resolve_model
+from relex_verl.trajectory.index import TrajectoryError, TrajectoryIndex
+from relex_verl.trajectory.kinds import Kind
 from relex_verl.trajectory.replay import ShardHistory
 from relex_verl.trajectory.shards import ShardSource, TensorShard, check_cover, share_out
-from relex_verl.trajectory.store import Trajectory, TrajectoryError, TrajectoryIndex
+from relex_verl.trajectory.store import Trajectory
 
 __all__ = ["Observation", "Observer"]
 
@@ -35,7 +32,7 @@ class Observation:
 
     Attributes:
         step: the training step.
-        changed_share: share of the weights whose change since the row before was not 0 (as the encoding keeps it); NaN for a
+        changed_share: share of the weights whose change since the row before was not 0 (as it is kept); NaN for a
             sketch, which does not keep the row before.
         stored_bytes: bytes that the trajectory holds of all steps (those of a sketch are written by `save`).
         changed_share_L, stored_bytes_L: the same of each tensor, (L,).
@@ -55,7 +52,13 @@ class Observer:
     """
 
     def __init__(
-        self, folder: Path, base_model: str, aliases: Mapping[str, str], run: Mapping[str, Any], encoding: str = "bf16"
+        self,
+        folder: Path,
+        base_model: str,
+        aliases: Mapping[str, str],
+        run: Mapping[str, Any],
+        kind: Kind,
+        ranks: Collectives | None = None,
     ) -> None:
         """Nothing is read or written yet.
 
@@ -64,12 +67,12 @@ class Observer:
             base_model: folder or Hub id of the base model.
             aliases: tied name -> the name that it shares its elements with.
             run: what identifies the training run.
-            encoding: how increments are kept, see `encodings.ENCODINGS`.
+            kind: what is kept of the weights.
+            ranks: of the training; those of the default process group for None.
         """
-        self.encoding_name = encoding
-        self.encoding: Encoding = ENCODINGS[encoding]
+        self.kind, self.ranks = kind, ranks or Collectives()
         self.folder, self.base_model, self.aliases, self.run = folder, base_model, dict(aliases), dict(run)
-        self.collector = collector_of(encoding)
+        self.collector = collector_of(kind)
         self.shapes: dict[str, tuple[int, ...]] = {}  # of all tensors of all ranks, in the order of the stacks
         self.stored_L = torch.zeros(0, dtype=torch.float64)  # bytes on disk of each tensor
         # One block: kept among what comes and goes, pieces would hold on to the gaps between them.
@@ -90,20 +93,20 @@ class Observer:
         Raises:
             ValueError: a tensor is not in the base checkpoint, or its elements are not covered exactly once.
         """
-        with together():
+        with self.ranks.together():
             self._base = BaseCheckpoint(resolve_model(self.base_model))
-        with together():
+        with self.ranks.together():
             found = [(shard.name, shard.shape, shard.placement) for shard in source]
-            opening.check_names(found, self.base)
-        counted = share_out(collectives.gather(found))
-        mine = counted[collectives.rank()]
-        with together():
+            resuming.check_names(found, self.base)
+        counted = share_out(self.ranks.gather(found))
+        mine = counted[self.ranks.rank]
+        with self.ranks.together():
             self.shapes = check_cover(counted)
             self._check_aliases()
         sizes = [placement.numel for _, placement in mine.values()]
         admit(sum(sizes), len(self.shapes))
-        with together(), _exhausted(source) as shards:
-            self._states = torch.empty(sum(sizes), dtype=self.encoding.dtype)
+        with self.ranks.together(), _exhausted(source) as shards:
+            self._states = torch.empty(sum(sizes), dtype=self.kind.dtype)
             states = self._states.split(sizes)
             held = {name: Held(*where, state) for (name, where), state in zip(mine.items(), states, strict=True)}
             self.collector.begin(held, len(self.shapes))
@@ -118,22 +121,20 @@ class Observer:
             TrajectoryError: the folder holds the trajectory of another run, or of another number of ranks.
         """
         tensors = {name: list(shape) for name, shape in self.shapes.items()}
-        index = TrajectoryIndex(
-            self.base_model, self.encoding_name, collectives.world_size(), tensors, self.aliases, self.run
-        )
-        found = opening.find(self.folder, index, step)
+        index = TrajectoryIndex(self.base_model, self.kind.name, self.ranks.world_size, tensors, self.aliases, self.run)
+        found = resuming.find(self.ranks, self.folder, index, step)
         if found is None:
-            self._trajectory = opening.create(self.folder, index, self.held, self._states, self.base)
+            self._trajectory = resuming.create(self.ranks, self.folder, index, self.held, self._states, self.base)
         else:
             self._resume(*found)
 
     def _resume(self, existing: Trajectory, steps: Sequence[int]) -> None:
-        rank = collectives.rank()
-        with together():
+        rank = self.ranks.rank
+        with self.ranks.together():
             if existing.placements(rank) != {name: held.placement for name, held in self.held.items()}:
                 raise TrajectoryError(f"{self.folder} was written with the weights cut otherwise between the ranks")
             self.collector.resume(existing, rank, steps[-1])
-        with together():
+        with self.ranks.together():
             if rank == 0:
                 existing.write_index()
         self._trajectory = existing
@@ -159,17 +160,17 @@ class Observer:
         Raises:
             ValueError: weights that are not finite; shards that differ from the first time.
         """
-        with together(), _exhausted(source) as shards:
+        with self.ranks.together(), _exhausted(source) as shards:
             figures_lk, changed_l, file = self.collector.take(step, self._counted(shards))
             if file is not None:
-                self.trajectory.append(collectives.rank(), step, file)
+                self.trajectory.append(self.ranks.rank, step, file)
         mine_lk = torch.zeros(len(self.held), figures_lk.shape[1] + 2, dtype=torch.float64)
         mine_lk[:, :-2], mine_lk[:, -2] = figures_lk, changed_l
         if file is not None:
             mine_lk[:, -1] = file.bytes_of_tensors()
         total_Lk = torch.zeros(len(self.shapes), mine_lk.shape[1], dtype=torch.float64)
         total_Lk[self._rows_held()] = mine_lk
-        total_Lk = collectives.sum_over_ranks(total_Lk)
+        total_Lk = self.ranks.sum_over_ranks(total_Lk)
         if file is not None:
             self.trajectory.commit(step)
             self._write_index()
@@ -185,24 +186,24 @@ class Observer:
         """Put on disk what only memory holds, for a run that resumes after this step: a sketch. Rows are there already."""
         if self.trajectory.window.stored[-1:] == self.steps[-1:]:
             return  # at the cut, and again before verl's checkpoint of that step; rows have none to store
-        with together():
+        with self.ranks.together():
             whole = self.collector.snapshot()
             if whole is not None:
-                self.trajectory.append(collectives.rank(), self.steps[-1], whole)
+                self.trajectory.append(self.ranks.rank, self.steps[-1], whole)
         if whole is not None:
             dropped = self.trajectory.commit_sketch(self.steps)
             self._write_index()
-            self.trajectory.delete(collectives.rank(), dropped)
+            self.trajectory.delete(self.ranks.rank, dropped)
             self._count_bytes()
 
     def _count_bytes(self) -> None:
         stored_L = torch.zeros(len(self.shapes), dtype=torch.float64)
         stored_L[self._rows_held()] = self.collector.bytes_of_tensors()
-        self.stored_L = collectives.sum_over_ranks(stored_L)
+        self.stored_L = self.ranks.sum_over_ranks(stored_L)
 
     def _write_index(self) -> None:
-        with together():
-            if collectives.rank() == 0:
+        with self.ranks.together():
+            if self.ranks.rank == 0:
                 self.trajectory.write_index()
 
     def _counted(self, shards: Iterator[TensorShard]) -> Iterator[tuple[int, Held, torch.Tensor]]:
@@ -223,65 +224,36 @@ class Observer:
         position = {name: i for i, name in enumerate(self.shapes)}
         return [position[name] for name in self.held]
 
-    # Predict
+    # What is recorded
 
-    def gram(self) -> torch.Tensor:
-        """G of all rows so far, (L, T, T), the same on every rank; for a sketch smoothed to polynomials."""
-        return self.collector.gram()
-
-    def energy(self) -> torch.Tensor | None:
-        """sum_t |delta_t|^2, (L,), for a sketch, whose G does not say it; else None."""
-        return self.collector.energy()
+    def window(self) -> Window:
+        """All rows so far, the same on every rank."""
+        return self.collector.window(list(self.shapes), self.trajectory.window.origin_step)
 
     def histories(self) -> Iterator[ShardHistory]:
         """This rank's shards with all that is kept of them, in the order of the stacks."""
         index = {name: i for i, name in enumerate(self.held)}
-        from_last = isinstance(self.encoding, RowEncoding) and self.encoding.anchor_is_last
+        from_last = self.kind.rows is not None and self.kind.rows.anchor_is_last
         placements = {name: held.placement for name, held in self.held.items()}
-        origin = self.trajectory.origin(collectives.rank(), self.base, placements)
+        origin = self.trajectory.origin(self.ranks.rank, self.base, placements)
         for name in self.shapes:
             if name in self.held:
                 held = self.held[name]
                 anchor = held.state if from_last else origin[name]
                 yield ShardHistory(name, held.shape, held.placement, anchor, self.collector.parts(index[name]))
 
-    def predicted_tensors(self, prediction: Prediction) -> Iterator[TensorShard]:
-        """This rank's part of the predicted checkpoint, tensor by tensor."""
-        names, gram_LTT = list(self.shapes), self.gram()
-        return predicted_tensors(self.histories(), self.encoding, names, gram_LTT, self.steps, prediction)
-
-    def observed_now(self, source: ShardSource) -> Iterator[TensorShard]:
-        """This rank's shards as the engine holds them, rounded to bfloat16, in the order of the stacks.
+    def current(self, source: ShardSource) -> Iterator[TensorShard]:
+        """This rank's shards as the engine holds them now, rounded to bfloat16, in the order of the stacks.
 
         On the host: the rollout's weights are on the device already.
         """
         mine = {}
-        with together(), _exhausted(source) as shards:
+        with self.ranks.together(), _exhausted(source) as shards:
             for shard in shards:
                 if shard.name in self.held:
                     data = shard.data.detach().to("cpu", torch.bfloat16, copy=True)
                     mine[shard.name] = TensorShard(shard.name, shard.shape, shard.placement, data)
         return (mine[name] for name in self.shapes if name in mine)
-
-    def write_prediction(self, prediction: Prediction, folder: Path, provenance: Mapping[str, Any]) -> Path:
-        """Write the predicted checkpoint together: every rank puts its own elements into the shared files."""
-        with together():
-            writer = CheckpointWriter(self.base, folder, set(self.shapes), self.aliases)
-        try:
-            with together():
-                if collectives.rank() == 0:
-                    writer.begin()
-            with together():
-                for shard in self.predicted_tensors(prediction):
-                    writer.write(shard)
-            with together():
-                if collectives.rank() == 0:
-                    writer.commit(provenance)
-        except Exception:
-            if collectives.rank() == 0:
-                shutil.rmtree(writer.partial, ignore_errors=True)  # nothing half-written stays
-            raise
-        return folder
 
     def reopen_base(self) -> None:
         """Let go of the pages of the base that have been read."""

@@ -1,97 +1,111 @@
 """From a weight vector to predicted weights, and to a checkpoint on disk: the same code in the run and after it."""
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from relex_verl.maths.extrapolators import METHODS, Prediction, fit_weights
+from relex_verl.maths.extrapolators import Prediction, fit_weights
+from relex_verl.maths.window import Window
+from relex_verl.pipeline.collectives import Collectives
 from relex_verl.trajectory import replay
-from relex_verl.trajectory.encodings import Encoding, SketchEncoding
-from relex_verl.trajectory.hf_checkpoint import CheckpointWriter
+from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint, CheckpointWriter
+from relex_verl.trajectory.kinds import Kind
 from relex_verl.trajectory.replay import ShardHistory
 from relex_verl.trajectory.shards import TensorShard
 from relex_verl.trajectory.store import Trajectory
 
-__all__ = ["check_method", "extrapolate", "predicted_tensors", "weighted_tensors", "write_checkpoint"]
-
-
-def check_method(encoding: Encoding, prediction: Prediction, steps: Sequence[int]) -> None:
-    """Refuse what a sketch cannot give: it knows the steps' polynomials, no single one of them.
-
-    Raises:
-        ValueError: with the cure.
-    """
-    if not isinstance(encoding, SketchEncoding):
-        return
-    method, rank, fit_from = prediction.method, prediction.rank, prediction.fit_from
-    fitting = [name for name, known in METHODS.items() if known.degree is not None and known.degree < encoding.size]
-    if method not in fitting:
-        raise ValueError(
-            f"{method} cannot be predicted from a sketch of size {encoding.size}: use {', '.join(fitting)}"
-        )
-    if rank > encoding.size:
-        raise ValueError(f"rank {rank} is more than a sketch of size {encoding.size} holds")
-    if fit_from > steps[0]:
-        raise ValueError(f"fit_from {fit_from}: a sketch cannot leave out steps that it holds, the first is {steps[0]}")
+__all__ = ["extrapolate", "predicted_tensors", "weighted_tensors", "write_checkpoint", "write_together"]
 
 
 def predicted_tensors(
-    histories: Iterable[ShardHistory],
-    encoding: Encoding,
-    names: Sequence[str],
-    gram_LTT: torch.Tensor,
-    steps: Sequence[int],
-    prediction: Prediction,
+    histories: Iterable[ShardHistory], kind: Kind, window: Window, prediction: Prediction
 ) -> Iterator[TensorShard]:
-    """theta_hat of each shard, theta_0 + sum_t a_t delta_t, summed over what its encoding keeps.
+    """theta_hat of each shard, theta_0 + sum_t a_t delta_t, summed over what its kind of trajectory keeps.
 
     Args:
-        histories: shards with all that is kept of `steps`.
-        encoding: how it is kept.
-        names: of the tensors, in the order of the stack.
-        gram_LTT: G, (L, T, T).
-        steps: the T real step numbers.
+        histories: shards with all that is kept of the window's steps.
+        kind: how it is kept.
+        window: the rows.
         prediction: the method, its rank and the target.
 
     Raises:
-        ValueError: a method that needs single rows, from a sketch.
+        ValueError: a method that needs single rows, from a sketch; too few rows.
     """
-    method, target, rank, fit_from = prediction.method, prediction.target, prediction.rank, prediction.fit_from
-    check_method(encoding, prediction, steps)
-    weights_LT = fit_weights(gram_LTT, steps, target, method, rank, fit_from)
-    yield from weighted_tensors(histories, encoding, names, steps, weights_LT)
+    kind.check(prediction, window.steps[0])
+    yield from weighted_tensors(histories, kind, window, fit_weights(window, prediction))
 
 
 def weighted_tensors(
     histories: Iterable[ShardHistory],
-    encoding: Encoding,
-    names: Sequence[str],
-    steps: Sequence[int],
+    kind: Kind,
+    window: Window,
     weights_LT: torch.Tensor,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Iterator[TensorShard]:
     """theta_0 + sum_t a_t delta_t of each shard, one in memory.
 
     Args:
-        histories: shards with all that is kept of `steps`.
-        encoding: how it is kept.
-        names: of the tensors, in the order of the stack.
-        steps: the T real step numbers.
+        histories: shards with all that is kept of the window's steps.
+        kind: how it is kept.
+        window: the rows; only its names and steps are used.
         weights_LT: a, one row a tensor.
         dtype: to round to.
 
     Raises:
         ValueError: weights of another shape.
     """
-    if tuple(weights_LT.shape) != (len(names), len(steps)):
-        raise ValueError(f"need weights of shape {(len(names), len(steps))}, got {tuple(weights_LT.shape)}")
-    coefficients = dict(zip(names, encoding.coefficients(weights_LT, steps).tolist(), strict=True))
-    for one in histories:
-        data = encoding.accumulate(one.anchor, one.parts, coefficients[one.name], dtype)
-        yield TensorShard(one.name, one.shape, one.placement, data)
+    wanted = (len(window.names), window.rows)
+    if tuple(weights_LT.shape) != wanted:
+        raise ValueError(f"need weights of shape {wanted}, got {tuple(weights_LT.shape)}")
+    coefficients = dict(zip(window.names, kind.coefficients(weights_LT, window.steps).tolist(), strict=True))
+    for shard in histories:
+        data = kind.accumulate(shard.anchor, shard.parts, coefficients[shard.name], dtype)
+        yield TensorShard(shard.name, shard.shape, shard.placement, data)
+
+
+def write_together(
+    ranks: Collectives,
+    base: BaseCheckpoint,
+    aliases: Mapping[str, str],
+    names: Collection[str],
+    shards: Iterable[TensorShard],
+    folder: Path,
+    provenance: Mapping[str, Any],
+) -> Path:
+    """Write a checkpoint with all ranks: each puts its own elements into the shared files.
+
+    Args:
+        ranks: all of them.
+        base: whose layout to take.
+        aliases: tied name -> the name that it shares its elements with.
+        names: of the tensors that the ranks fill.
+        shards: this rank's.
+        folder: the destination.
+        provenance: for `relex.json`.
+
+    Raises:
+        PeerError: another rank failed; nothing half-written stays.
+    """
+    with ranks.together():
+        writer = CheckpointWriter(base, folder, set(names), aliases)
+    try:
+        with ranks.together():
+            if ranks.rank == 0:
+                writer.begin()
+        with ranks.together():
+            for shard in shards:
+                writer.write(shard)
+        with ranks.together():
+            if ranks.rank == 0:
+                writer.commit(provenance)
+    except Exception:
+        if ranks.rank == 0:
+            shutil.rmtree(writer.partial, ignore_errors=True)
+        raise
+    return folder
 
 
 def write_checkpoint(
@@ -130,7 +144,5 @@ def extrapolate(trajectory: Trajectory, cut: int, prediction: Prediction) -> Ite
     Raises:
         TrajectoryError: too few steps up to the cut.
     """
-    steps = trajectory.steps_until(cut)
-    gram_LTT = replay.gram(trajectory, cut)
-    histories = replay.histories(trajectory, cut)
-    return predicted_tensors(histories, trajectory.encoding, trajectory.names, gram_LTT, steps, prediction)
+    window, histories = replay.window(trajectory, cut), replay.histories(trajectory, cut)
+    return predicted_tensors(histories, trajectory.kind, window, prediction)

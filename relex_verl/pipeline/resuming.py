@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from relex_verl.pipeline import collectives
-from relex_verl.pipeline.collectives import together
+from relex_verl.pipeline.collectives import Collectives
 from relex_verl.trajectory.collectors import Held
 from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
+from relex_verl.trajectory.index import TrajectoryError, TrajectoryIndex, WindowRecord
 from relex_verl.trajectory.shards import Placement
-from relex_verl.trajectory.store import Trajectory, TrajectoryError, TrajectoryIndex, Window
+from relex_verl.trajectory.store import Trajectory
 
 __all__ = ["appears", "check_names", "create", "find"]
 
@@ -21,10 +21,11 @@ NOT_SHARED = "relex.output_dir must lie on a file system that all nodes share"
 PATIENCE_SECONDS = 60.0
 
 
-def find(folder: Path, index: TrajectoryIndex, step: int) -> tuple[Trajectory, list[int]] | None:
+def find(ranks: Collectives, folder: Path, index: TrajectoryIndex, step: int) -> tuple[Trajectory, list[int]] | None:
     """The trajectory of this run that is there already, if it has something to go on with.
 
     Args:
+        ranks: all of them.
         folder: of the trajectory.
         index: what this run's would say; only what identifies the run is compared.
         step: the training step that is resumed from.
@@ -36,17 +37,17 @@ def find(folder: Path, index: TrajectoryIndex, step: int) -> tuple[Trajectory, l
         TrajectoryError: it is that of another run, or not all ranks see it.
     """
     existing: Trajectory | None = None
-    with together():
+    with ranks.together():
         if (folder / "index.json").exists():
             existing = Trajectory(folder)
             _check_same_run(existing.index, index, folder)
-    seen = collectives.gather(existing is not None)
-    with together():
+    seen = ranks.gather(existing is not None)
+    with ranks.together():
         if any(seen) != all(seen):
             raise TrajectoryError(f"some ranks see a trajectory in {folder} and others do not: {NOT_SHARED}")
     # A node that crashed may have left its last files empty, although the index names them.
-    readable = 0 if existing is None else existing.readable_until(collectives.rank(), step)
-    readable = min(collectives.gather(readable))
+    readable = 0 if existing is None else existing.readable_until(ranks.rank, step)
+    readable = min(ranks.gather(readable))
     if existing is None or not existing.kept_after(readable):
         return None
     existing.forget(readable)
@@ -54,11 +55,17 @@ def find(folder: Path, index: TrajectoryIndex, step: int) -> tuple[Trajectory, l
 
 
 def create(
-    folder: Path, index: TrajectoryIndex, held: Mapping[str, Held], states: torch.Tensor, base: BaseCheckpoint
+    ranks: Collectives,
+    folder: Path,
+    index: TrajectoryIndex,
+    held: Mapping[str, Held],
+    states: torch.Tensor,
+    base: BaseCheckpoint,
 ) -> Trajectory:
     """Begin one, in place of what is there.
 
     Args:
+        ranks: all of them.
         folder: of the trajectory.
         index: what it says; whether theta_0 is the base model is found out here.
         held: this rank's shards, with theta_0.
@@ -69,20 +76,20 @@ def create(
         TrajectoryError: a rank does not see what rank 0 writes.
     """
     is_base = False
-    with together():
+    with ranks.together():
         is_base = all(_same_bits(base.read(name, one.placement), one.state) for name, one in held.items())
-    everywhere_base = all(collectives.gather(is_base))
-    with together():
-        if collectives.rank() == 0:
+    everywhere_base = all(ranks.gather(is_base))
+    with ranks.together():
+        if ranks.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
-            index.windows = [Window(0, "base" if everywhere_base else "stored")]
+            index.windows = [WindowRecord(0, "base" if everywhere_base else "stored")]
             Trajectory.create(folder, index)
-    with together():
+    with ranks.together():
         if not appears(folder / "index.json"):
-            raise TrajectoryError(f"rank {collectives.rank()} does not see {folder}, which rank 0 made: {NOT_SHARED}")
+            raise TrajectoryError(f"rank {ranks.rank} does not see {folder}, which rank 0 made: {NOT_SHARED}")
         trajectory = Trajectory(folder)
         placements = {name: one.placement for name, one in held.items()}
-        trajectory.declare_rank(collectives.rank(), placements, None if everywhere_base else states)
+        trajectory.declare_rank(ranks.rank, placements, None if everywhere_base else states)
     return trajectory
 
 
@@ -131,8 +138,8 @@ def _check_same_run(there: TrajectoryIndex, here: TrajectoryIndex, folder: Path)
 
 
 def _identity(index: TrajectoryIndex) -> dict[str, object]:
-    ranks = {"base model": index.base_model, "ranks": index.world_size, "encoding": index.encoding}
-    return {**ranks, **index.run}
+    facts = {"base model": index.base_model, "ranks": index.world_size, "encoding": index.encoding}
+    return {**facts, **index.run}
 
 
 def _same_bits(stored: torch.Tensor, state: torch.Tensor) -> bool:

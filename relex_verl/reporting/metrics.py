@@ -6,18 +6,10 @@ from typing import Any
 
 import torch
 
-from relex_verl.maths.diagnostics import backtest_ratio, describe, random_walk_gram, summary
-from relex_verl.maths.extrapolators import METHODS
+from relex_verl.maths.diagnostics import describe, random_walk, summary
+from relex_verl.maths.window import Window
 
-__all__ = ["fit_report", "half_backtest", "step_metrics", "strict"]
-
-
-def half_backtest(gram_LTT: torch.Tensor, steps: Sequence[int], method: str, rank: int) -> float:
-    """Error of predicting the last row from the first half of the rows, against holding; NaN while there are too few."""
-    prefix = (len(steps) + 1) // 2
-    if prefix < METHODS[method].min_rows or prefix >= len(steps):
-        return math.nan
-    return backtest_ratio(gram_LTT, steps, prefix, method, rank)
+__all__ = ["fit_report", "step_metrics", "strict"]
 
 
 def step_metrics(
@@ -29,7 +21,7 @@ def step_metrics(
         figures: name -> one value a tensor, as `diagnostics.describe` gives them.
         changed_share: share of the weights whose bits changed.
         stored_bytes: size of the trajectory so far.
-        backtest: from `half_backtest`; `relex/ready` is 1 when it says that extrapolating beats holding.
+        backtest: from `diagnostics.half_backtest`; `relex/ready` is 1 when it says that extrapolating beats holding.
     """
     metrics = {"relex/stored_bytes": float(stored_bytes)}
     if math.isfinite(changed_share):  # a sketch does not keep the row before
@@ -43,21 +35,18 @@ def step_metrics(
     return metrics
 
 
-def fit_report(
-    names: Sequence[str],
-    shapes: Sequence[Sequence[int]],
-    gram_LTT: torch.Tensor,
-    steps: Sequence[int],
-    rank: int,
-    energy_L: torch.Tensor | None = None,
-) -> dict[str, Any]:
+def fit_report(window: Window, shapes: Sequence[Sequence[int]], rank: int) -> dict[str, Any]:
     """The fits of a cut: a row for each tensor, their summary, and the random-walk null beside it.
 
-    A tensor that never moved has null figures, not zeros; so has every tensor where only a sketch is known (`energy_L`).
+    A tensor that never moved has null figures, not zeros; so has every tensor where only a sketch is known.
+
+    Args:
+        window: the rows that take part in the fit.
+        shapes: of its tensors.
+        rank: directions counted in the explained variance.
     """
-    figures = describe(gram_LTT, steps, rank, energy_L)
-    null = describe(random_walk_gram(steps), steps, rank)
-    norms_L = gram_LTT[:, -1, -1].clamp_min(0.0).sqrt().tolist()
+    figures, null = describe(window, rank), describe(random_walk(window), rank)
+    norms_L = window.gram_LTT[:, -1, -1].clamp_min(0.0).sqrt().tolist()
     columns = {name: values_L.tolist() for name, values_L in figures.items()}
     rows = [
         {
@@ -66,7 +55,7 @@ def fit_report(
             "delta_norm": norms_L[i],
             **{column: _defined(values[i]) for column, values in columns.items()},
         }
-        for i, (name, shape) in enumerate(zip(names, shapes, strict=True))
+        for i, (name, shape) in enumerate(zip(window.names, shapes, strict=True))
     ]
     return {
         "summary": {name: summary(values_L) for name, values_L in figures.items()},

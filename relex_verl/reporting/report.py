@@ -12,13 +12,15 @@ import torch
 
 from relex_verl.maths.diagnostics import (
     backtest_error,
+    backtest_prefixes,
     coefficients,
     explained_variance,
     line_r2,
-    random_walk_gram,
+    random_walk,
     spectrum,
 )
-from relex_verl.maths.extrapolators import METHODS, line_hat
+from relex_verl.maths.extrapolators import line_hat
+from relex_verl.maths.window import Window
 from relex_verl.reporting import plots
 
 __all__ = ["coefficient_panel", "horizon_figure", "layer_and_module", "window_figures", "write_html"]
@@ -34,75 +36,61 @@ def layer_and_module(name: str) -> tuple[int, str]:
     return (int(found.group(1)), module[found.end() :]) if found else (-1, module.removeprefix("model."))
 
 
-def window_figures(
-    folder: Path,
-    names: Sequence[str],
-    gram_LTT: torch.Tensor,
-    steps: Sequence[int],
-    targets: Sequence[int],
-    methods: Sequence[str],
-    smoothed: bool = False,
-) -> dict[str, Path]:
+def window_figures(folder: Path, window: Window, targets: Sequence[int], methods: Sequence[str]) -> dict[str, Path]:
     """Draw what the window looks like (paper, Figure 4 and beyond); PNG beside SVG.
 
     Args:
         folder: where the files go.
-        names: of the tensors, in the order of the stack.
-        gram_LTT: G, (L, T, T), of the rows that take part in the fit.
-        steps: the T real step numbers.
+        window: the rows that take part in the fit. Of a sketch only the coefficients are drawn, as what they are.
         targets: steps to which the lines are drawn on.
         methods: whose backtest is drawn.
-        smoothed: G is that of a sketch: only the coefficients are drawn, as what they are.
 
     Returns:
         Name of the figure -> PNG file.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    of, null = spectrum(gram_LTT), spectrum(random_walk_gram(steps))
+    of, null = spectrum(window.gram_LTT), spectrum(random_walk(window).gram_LTT)
     drawn = {
         "coefficients": plots.plot_coefficients(
             folder / "coefficients",
-            _panels(names, gram_LTT, steps, targets, smoothed),
-            "Rank-1 coefficients, smoothed by the sketch" if smoothed else "Rank-1 coefficients, extrapolated",
+            _panels(window, targets),
+            "Rank-1 coefficients, smoothed by the sketch" if window.smoothed else "Rank-1 coefficients, extrapolated",
         ),
     }
-    if not smoothed:
+    if not window.smoothed:
         drawn["spectrum"] = _spectrum_figure(folder, of, null)
-    if len(steps) >= 3 and not smoothed:
+    if window.rows >= 3 and not window.smoothed:
         values: dict[str, dict[int, float]] = {}
-        for name, value in zip(names, line_r2(of, steps).tolist(), strict=True):
+        for name, value in zip(window.names, line_r2(of, window.steps).tolist(), strict=True):
             layer, module = layer_and_module(name)
             values.setdefault(module, {})[layer] = value
-        walk = line_r2(null, steps).item()
+        walk = line_r2(null, window.steps).item()
         drawn["r2_by_layer"] = plots.plot_r2_by_layer(folder / "r2_by_layer", values, null=walk)
-    tested = [method for method in methods if method != "hold" and not smoothed]
-    series = {method: _backtests(gram_LTT, steps, method) for method in tested}
+    series = {method: _backtests(window, method) for method in methods if method != "hold"}
     series = {method: spreads for method, spreads in series.items() if spreads}
     if series:
-        title, horizon = f"Predicting step {steps[-1]} from a prefix", f"horizon: {steps[-1]} / last step of the prefix"
+        title = f"Predicting step {window.steps[-1]} from a prefix"
+        horizon = f"horizon: step {window.steps[-1]} / last step of the prefix, both from step {window.origin_step}"
         drawn["backtest"] = plots.plot_backtest(folder / "backtest", series, title, horizon)
     return {name: next(path for path in paths if path.suffix == ".png") for name, paths in drawn.items()}
 
 
-def coefficient_panel(
-    name: str, gram_TT: torch.Tensor, steps: Sequence[int], targets: Sequence[int], smoothed: bool = False
-) -> plots.CoefficientPanel:
+def coefficient_panel(window: Window, tensor: int, targets: Sequence[int]) -> plots.CoefficientPanel:
     """One tensor of the paper's Figure 4: its rank-1 coefficients, and their line on to the targets.
 
     Args:
-        name: of the tensor.
-        gram_TT: its G.
-        steps: the T real step numbers.
+        window: the rows. Those of a sketch say nothing of how straight the real ones are: no R^2.
+        tensor: its position in the stack.
         targets: steps to which the line is drawn on.
-        smoothed: G is that of a sketch, whose rows say nothing of how straight the real ones are: no R^2.
     """
-    of, reach = spectrum(gram_TT.unsqueeze(0)), [*steps, *targets]
-    observed_T = coefficients(of)[0]
+    of, reach = spectrum(window.gram_LTT[tensor : tensor + 1]), [*window.steps, *targets]
+    name, observed_T = window.names[tensor], coefficients(of)[0]
     values = observed_T.tolist() + [nan] * len(targets)  # points end where the line goes on
-    if len(steps) < 2:
+    if window.rows < 2:
         return plots.CoefficientPanel(name, reach, values, values)
-    line = (torch.stack([line_hat(steps, step) for step in reach]) @ observed_T).tolist()
-    return plots.CoefficientPanel(name, reach, values, line, None if smoothed else line_r2(of, steps).item())
+    line = (torch.stack([line_hat(window.steps, step) for step in reach]) @ observed_T).tolist()
+    r2 = None if window.smoothed else line_r2(of, window.steps).item()
+    return plots.CoefficientPanel(name, reach, values, line, r2)
 
 
 def horizon_figure(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
@@ -153,16 +141,14 @@ def write_html(path: Path, report: Mapping[str, Any], figures: Mapping[str, Path
     temporary.replace(path)
 
 
-def _panels(
-    names: Sequence[str], gram_LTT: torch.Tensor, steps: Sequence[int], targets: Sequence[int], smoothed: bool
-) -> list[plots.CoefficientPanel]:
+def _panels(window: Window, targets: Sequence[int]) -> list[plots.CoefficientPanel]:
     """The tensors that moved most, one a module; the first tensor where none moved."""
     chosen: dict[str, int] = {}
-    for i in gram_LTT[:, -1, -1].argsort(descending=True).tolist():
-        if gram_LTT[i, -1, -1] > 0:
-            chosen.setdefault(layer_and_module(names[i])[1], i)
-    drawn = list(chosen.values())[:PANELS] or [0]
-    return [coefficient_panel(names[i], gram_LTT[i], steps, targets, smoothed) for i in drawn]
+    moved_L = window.gram_LTT[:, -1, -1]
+    for i in moved_L.argsort(descending=True).tolist():
+        if moved_L[i] > 0:
+            chosen.setdefault(layer_and_module(window.names[i])[1], i)
+    return [coefficient_panel(window, i, targets) for i in list(chosen.values())[:PANELS] or [0]]
 
 
 def _spectrum_figure(folder: Path, of: Any, null: Any) -> list[Path]:
@@ -178,15 +164,15 @@ def _spectrum_figure(folder: Path, of: Any, null: Any) -> list[Path]:
     return plots.plot_spectrum(folder / "spectrum", middle, walk, f"Rank 1 holds {share:.0%} of the variance", spread)
 
 
-def _backtests(gram_LTT: torch.Tensor, steps: Sequence[int], method: str) -> list[plots.Spread]:
+def _backtests(window: Window, method: str) -> list[plots.Spread]:
     """Spread of the backtest's error over the tensors at each horizon s_T / s_prefix, the nearest first."""
-    spreads = []
-    for prefix in reversed(range(max(2, METHODS[method].min_rows), len(steps))):
-        errors_L = backtest_error(gram_LTT, steps, prefix, method)
+    spreads, reach = [], window.distances
+    for prefix in reversed(backtest_prefixes(window, method)):
+        errors_L = backtest_error(window, prefix, method)
         errors_L = errors_L[errors_L.isfinite()]
         if len(errors_L):
             low, middle, high = errors_L.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
-            spreads.append(plots.Spread(steps[-1] / steps[prefix - 1], middle, low, high))
+            spreads.append(plots.Spread(reach[-1] / reach[prefix - 1], middle, low, high))
     return spreads
 
 

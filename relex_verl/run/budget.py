@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 
-from relex_verl.trajectory.encodings import Encoding
+from relex_verl.trajectory.kinds import Kind
 
 __all__ = [
     "ASSUMED_CHANGE_RATE",
@@ -54,7 +54,7 @@ def change_between_rows(change_rate: float, observe_every: int) -> float:
 
 
 def budget(
-    encoding: Encoding,
+    kind: Kind,
     rank_elements: int,
     all_elements: int,
     rows: int,
@@ -65,7 +65,7 @@ def budget(
     """Estimate the cost of a run.
 
     Args:
-        encoding: how increments are kept.
+        kind: what is kept of the weights.
         rank_elements: parameters in one rank's shards.
         all_elements: parameters of the model.
         rows: observed steps up to the cut.
@@ -73,10 +73,10 @@ def budget(
         change_rate: share of the bf16 weights that change from row to row.
         tensors: L; their Gram matrices are held by every rank, twice while G is made from H.
     """
-    rows_bytes, fixed = rows * encoding.row_bytes(change_rate), encoding.fixed_bytes
+    rows_bytes, fixed = rows * kind.row_bytes(change_rate), kind.fixed_bytes
     gram = 2 * tensors * rows**2 * 8
     return Budget(
-        memory=round(rank_elements * (encoding.state_bytes + rows_bytes + fixed)) + gram,
+        memory=round(rank_elements * (kind.state_bytes + rows_bytes + fixed)) + gram,
         trajectory=round(all_elements * (rows_bytes + SKETCH_FILES * fixed)),
         predictions=predictions * all_elements * 2,
     )
@@ -163,16 +163,16 @@ class Traffic:
     predict: int
 
 
-def traffic(encoding: Encoding, rank_elements: int, rows: int, change_rate: float = ASSUMED_CHANGE_RATE) -> Traffic:
+def traffic(kind: Kind, rank_elements: int, rows: int, change_rate: float = ASSUMED_CHANGE_RATE) -> Traffic:
     """Estimate what a rank moves; divide by a bandwidth for a time.
 
     Args:
-        encoding: how increments are kept.
+        kind: what is kept of the weights.
         rank_elements: parameters in one rank's shards.
         rows: observed steps up to the cut.
         change_rate: share of the bf16 weights that change from row to row.
     """
-    row = rank_elements * encoding.row_bytes(change_rate)
-    state, fixed = rank_elements * encoding.state_bytes, rank_elements * encoding.fixed_bytes
+    row = rank_elements * kind.row_bytes(change_rate)
+    state, fixed = rank_elements * kind.state_bytes, rank_elements * kind.fixed_bytes
     kept = rows * row + fixed
     return Traffic(round(2 * state + kept + fixed), round(row), round(state + kept + 2 * rank_elements))

@@ -18,7 +18,8 @@ from relex_verl.run.output import OutputFolder, summary
 from relex_verl.run.protocol import Host, RunFacts, Setup, Started, Weights
 from relex_verl.run.ranks import Ranks, RelexError
 from relex_verl.run.schedule import Schedule
-from relex_verl.trajectory.store import TrajectoryError
+from relex_verl.trajectory.index import TrajectoryError
+from relex_verl.trajectory.kinds import KINDS
 
 __all__ = ["RelexCallback"]
 
@@ -86,7 +87,6 @@ class RelexCallback:
             RuntimeError, ValueError: the run is refused (memory, disk, an engine whose weights cannot be followed).
         """
         self._ranks = Ranks(workers)
-        configured = self.config.trajectory
         setup = Setup(
             config=self.config,
             plans=self.schedule.plans,
@@ -96,11 +96,12 @@ class RelexCallback:
         )
         started: Started = self._ranks.ask_or_refuse("relex_start", setup)
         if started.reason is not None:
-            became = f"becomes {started.trajectory}" if started.trajectory != configured else "follows bfloat16 weights"
-            logger.warning("RELEX: relex.trajectory=%s %s: %s", configured, became, started.reason)
+            fallen = started.kind != self.config.kind.name
+            became = f"becomes {KINDS[started.kind].trajectory}" if fallen else "follows bfloat16 weights"
+            logger.warning("RELEX: relex.trajectory=%s %s: %s", self.config.trajectory, became, started.reason)
         if started.cost:
             logger.info("RELEX: %s", started.cost)
-        self.schedule.follow(started.trajectory)
+        self.schedule.follow(started.kind)
 
     def on_checkpoint_loaded(self, step: int) -> None:
         """Open the trajectory, from the start or after the step that training resumes from.
@@ -169,7 +170,7 @@ class RelexCallback:
 
     def on_save(self, step: int) -> None:
         """verl is about to save a checkpoint of this step: put on disk what only memory holds."""
-        if self.active and self.schedule.trajectory == "sketch":
+        if self.active and not self.schedule.kind.keeps_rows:
             self._guard(lambda: self._ranks.ask("relex_save"))
 
     def on_rollout_ready(self, step: int, host: Host) -> dict[str, float]:

@@ -3,19 +3,16 @@
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from relex_verl.maths.extrapolators import METHODS
 from relex_verl.maths.sketch import SIZES
+from relex_verl.trajectory.kinds import QUANTIZATIONS, TRAJECTORIES, Kind, kind_of
 
 __all__ = ["ConfigError", "Plan", "RelexConfig"]
-
-
-# A dozen float32 rows predict as well as sixty (measured, README); 16 leave some for the diagnostics.
-AUTO_ROWS = 16
 
 
 METRIC = re.compile(r"val-(core|aux)/.+/[^/]+/mean@\d+")
@@ -126,8 +123,8 @@ class RelexConfig:
         return replace(config, **whole)  # type: ignore[arg-type]  # 2.0 is a whole number, but no index
 
     def _check(self) -> None:
-        _one_of("relex.trajectory", self.trajectory, ["fp32", "bf16", "sketch"])
-        _one_of("relex.quantization", self.quantization, ["int8", "int4", "none"])
+        _one_of("relex.trajectory", self.trajectory, TRAJECTORIES)
+        _one_of("relex.quantization", self.quantization, QUANTIZATIONS)
         _one_of("relex.on_error", self.on_error, ["disable", "raise"])
         _one_of("relex.on_cut", self.on_cut, ["advise", "stop"])
         self._check_when()
@@ -139,17 +136,11 @@ class RelexConfig:
         if self.sketch_size not in SIZES:
             cure = f"give a whole number from {SIZES.start} to {SIZES.stop - 1}"
             raise ConfigError("relex.sketch_size", self.sketch_size, cure)
-        if self.trajectory != "sketch":
-            return
         for method in self.methods:
-            degree = METHODS[method].degree
-            if degree is None or degree >= self.sketch_size:
-                able = [
-                    name for name, one in METHODS.items() if one.degree is not None and one.degree < self.sketch_size
-                ]
-                cure = f"a sketch keeps no single row: with relex.trajectory=sketch use {', '.join(able)}"
+            if method not in self.kind.methods:
+                cure = f"a sketch keeps no single row: with relex.trajectory=sketch use {', '.join(self.kind.methods)}"
                 raise ConfigError("relex.methods", method, cure)
-        if self.rank > self.sketch_size:
+        if not self.kind.keeps_rows and self.rank > self.kind.size:
             raise ConfigError("relex.rank", self.rank, f"relex.sketch_size={self.sketch_size} holds no more directions")
 
     def _check_when(self) -> None:
@@ -197,12 +188,12 @@ class RelexConfig:
             cure = "RELEX stops a run on validation scores only: set relex.validate_targets=true"
             raise ConfigError("relex.on_cut", self.on_cut, cure)
 
-    def plan(self, total_steps: int, trajectory: str | None = None) -> Plan:
+    def plan(self, total_steps: int, kind: Kind | None = None) -> Plan:
         """Resolve shares against the run.
 
         Args:
             total_steps: all steps of the run.
-            trajectory: the kind that the engine allows, where it is not the configured one.
+            kind: the one that the engine allows, where it is not the configured one.
 
         Raises:
             ConfigError: a cut outside the run or too early for the methods, a rank above the rows, a target not after
@@ -213,10 +204,10 @@ class RelexConfig:
             cure = f"resolves to step {t_cut}, but the run has {total_steps}: give a step within 1..{total_steps}"
             raise ConfigError("relex.t_cut", self.t_cut, cure)
         targets = sorted({self._target(target, t_cut, total_steps) for target in self.targets})
-        kind = trajectory or self.trajectory
+        kind = kind or self.kind
+        every = kind.spacing(t_cut) if self.observe_every == "auto" else int(self.observe_every)
         # A sketch cannot leave out afterwards what it has added up.
-        first = max(1, self.fit_from) if kind == "sketch" else 1
-        plan = Plan(t_cut, targets, self._every(t_cut, kind), first)
+        plan = Plan(t_cut, targets, every, 1 if kind.keeps_rows else max(1, self.fit_from))
         rows = plan.rows_from(self.fit_from)
         needed = max(METHODS[method].min_rows for method in self.methods)
         if rows < needed:
@@ -229,24 +220,19 @@ class RelexConfig:
             raise ConfigError("relex.rank", self.rank, cure)
         return plan
 
-    def next_plan(self, plan: Plan, first_cut: int, total_steps: int, trajectory: str) -> Plan | None:
+    def next_plan(self, plan: Plan, first_cut: int, total_steps: int, kind: Kind) -> Plan | None:
         """The plan after a cut that did not win, with all rows so far; None when the run ends before the next cut.
 
-        Rows of an "fp32" trajectory taken by "auto" become four times as rare: they cost memory, and the window grows.
+        Rows that "auto" spaces out become four times as rare: they cost memory, and the window grows.
         """
         t_cut = plan.t_cut + (first_cut if self.recut_every == "auto" else int(self.recut_every))
         if t_cut >= total_steps:
             return None
         every = plan.observe_every
-        if trajectory == "fp32" and self.observe_every == "auto" and plan.t_cut == first_cut:
+        if kind.auto_rows is not None and self.observe_every == "auto" and plan.t_cut == first_cut:
             every *= 4
         later = [target for target in plan.targets if target > t_cut]
         return replace(plan, t_cut=t_cut, targets=later or [2 * t_cut], observe_every=every)
-
-    def _every(self, t_cut: int, trajectory: str) -> int:
-        if self.observe_every != "auto":
-            return int(self.observe_every)
-        return max(1, round(t_cut / AUTO_ROWS)) if trajectory == "fp32" else 1
 
     def _target(self, target: float, t_cut: int, total_steps: int) -> int:
         step = _step(target, total_steps, "relex.targets", share_below=1.0 + 1e-9)
@@ -257,6 +243,11 @@ class RelexConfig:
             )
             raise ConfigError("relex.targets", target, cure)
         return step
+
+    @property
+    def kind(self) -> Kind:
+        """What is kept of the weights, unless the engine does not allow it."""
+        return kind_of(self.trajectory, self.quantization, self.sketch_size)
 
     @property
     def folder(self) -> Path:
@@ -284,6 +275,6 @@ def _is_whole(value: object) -> bool:
     return isinstance(value, int | float) and _is_number(value) and math.isfinite(value) and value == int(value)
 
 
-def _one_of(key: str, value: object, allowed: list[str]) -> None:
+def _one_of(key: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise ConfigError(key, value, f"give one of {', '.join(allowed)}")

@@ -15,7 +15,7 @@ from relex_verl.reporting.metrics import strict
 from relex_verl.run.config import ConfigError
 from relex_verl.run.validation import Validation
 from relex_verl.trajectory.files import write_json
-from relex_verl.trajectory.store import TrajectoryError
+from relex_verl.trajectory.index import TrajectoryError
 
 __all__ = ["OutputFolder"]
 

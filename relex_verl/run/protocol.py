@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from relex_verl.maths.extrapolators import Prediction
-from relex_verl.pipeline import collectives
+from relex_verl.pipeline.collectives import PeerError
 from relex_verl.run.config import Plan, RelexConfig
 from relex_verl.run.validation import Validation
 from relex_verl.trajectory.shards import ShardSource
@@ -47,7 +47,7 @@ class Setup:
 
     Attributes:
         config: the checked `relex` node.
-        plans: the first cut, for each kind of trajectory.
+        plans: the first cut, by the name of each kind of trajectory that it may come to.
         predictions: checkpoints to be written.
         output_dir: of the configuration, made absolute by the driver: a rank may stand in another folder.
         run: what identifies the run.
@@ -65,12 +65,12 @@ class Started:
     """What a rank says once theta_0 is taken.
 
     Attributes:
-        trajectory: the kind of trajectory that the engine allows.
+        kind: name of the kind of trajectory that the engine allows, see `kinds.KINDS`.
         reason: why it is not what was configured; None when it is.
         cost: what following the run will take, in words.
     """
 
-    trajectory: str
+    kind: str
     reason: str | None
     cost: str
 
@@ -93,7 +93,7 @@ def answers(method: Callable[..., Any]) -> Callable[..., Answer]:
         try:
             return Answer(value=method(self, *args, **kwargs))
         except Exception as error:
-            peer = isinstance(error, collectives.PeerError)
+            peer = isinstance(error, PeerError)
             return Answer(error=f"{error}\n{traceback.format_exc()}", kind=type(error).__name__, peer=peer)
 
     return wrapper

@@ -9,16 +9,18 @@ from typing import Any
 
 import torch
 
-from relex_verl.maths.diagnostics import describe, split_half_agreement
+from relex_verl.maths.diagnostics import describe, half_backtest, split_half_agreement
 from relex_verl.maths.extrapolators import Prediction
-from relex_verl.pipeline import collectives
+from relex_verl.maths.window import Window
+from relex_verl.pipeline.collectives import Collectives
 from relex_verl.pipeline.gathering import whole_tensors
 from relex_verl.pipeline.observer import Observer
-from relex_verl.pipeline.prediction import check_method
+from relex_verl.pipeline.prediction import predicted_tensors, write_together
 from relex_verl.reporting import metrics, report
 from relex_verl.run import budget
 from relex_verl.run.protocol import Engine, Setup, Started, Weights
-from relex_verl.trajectory.encodings import encoding_name
+from relex_verl.trajectory.kinds import KINDS
+from relex_verl.trajectory.shards import TensorShard
 
 __all__ = ["RelexRank"]
 
@@ -35,22 +37,21 @@ class RelexRank:
             setup: what the driver says.
             engine: the host's.
         """
-        with collectives.together():
-            config = setup.config
-            self._reason = engine.no_master if config.trajectory != "bf16" else None
-            # A sketch follows whatever weights there are.
-            fallen = self._reason is not None and config.trajectory == "fp32"
-            self._kind = "bf16" if fallen else config.trajectory
+        self._ranks = Collectives()
+        with self._ranks.together():
+            kind = setup.config.kind
+            self._reason = engine.no_master if kind.wants_master else None
+            if self._reason is not None and kind.fallback is not None:
+                kind = KINDS[kind.fallback]
             self._setup, self._engine, self._cost = setup, engine, ""
-            self._source = engine.shards(master=self._kind != "bf16" and self._reason is None)
-            encoding = encoding_name(self._kind, config.quantization, config.sketch_size)
+            self._source = engine.shards(master=kind.wants_master and self._reason is None)
             folder, run = setup.output_dir / "trajectory", setup.run
-            self._observer = Observer(folder, run.base_model, engine.aliases, run.names, encoding)
+            self._observer = Observer(folder, run.base_model, engine.aliases, run.names, kind, self._ranks)
 
     def start(self) -> Started:
         """Check memory and disk and take theta_0, before a checkpoint is loaded."""
         self._observer.start(self._source, admit=self._admit)
-        return Started(self._kind, self._reason, self._cost)
+        return Started(self._observer.kind.name, self._reason, self._cost)
 
     def open(self, step: int) -> list[int]:
         """Open the trajectory after the step that training goes on from; the steps that it holds."""
@@ -60,12 +61,14 @@ class RelexRank:
     def observe(self, step: int) -> dict[str, float]:
         """Add the row of this step; rank 0 answers with the metrics."""
         seen = self._observer.observe(step, self._source)
-        if collectives.rank():
+        if self._ranks.rank:
             return {}
-        (gram_LTT, steps), rank, energy_L = self._fitted_rows(), self._setup.config.rank, self._observer.energy()
-        figures = describe(gram_LTT, steps, rank, energy_L)
+        config, window = self._setup.config, self._observer.window()
+        if step >= config.fit_from:
+            window = window.since(config.fit_from)
+        figures = describe(window, config.rank)
         figures |= {"changed_share": seen.changed_share_L, "stored_bytes": seen.stored_bytes_L}
-        live = metrics.half_backtest(gram_LTT, steps, "relex", rank) if energy_L is None else nan
+        live = half_backtest(window, "relex", config.rank)
         return metrics.step_metrics(figures, seen.changed_share, seen.stored_bytes, live)
 
     def save(self) -> None:
@@ -75,31 +78,26 @@ class RelexRank:
     def fit(self, methods: list[str], targets: list[int]) -> dict[str, Any]:
         """Rank 0 answers with the fits of all tensors, backtests, figures and the observed steps."""
         self._observer.save()
-        if collectives.rank():
+        if self._ranks.rank:
             return {}
-        observer, rank, energy_L = self._observer, self._setup.config.rank, self._observer.energy()
-        names, shapes = list(observer.shapes), list(observer.shapes.values())
-        gram_LTT, steps = self._fitted_rows()
-        found: dict[str, Any] = {
-            "fits": metrics.fit_report(names, shapes, gram_LTT, steps, rank, energy_L),
+        observer, config = self._observer, self._setup.config
+        window = observer.window().since(config.fit_from)
+        fits = metrics.fit_report(window, list(observer.shapes.values()), config.rank)
+        # The smoothed rows of a sketch agree with one another whatever the real ones do.
+        agreement = nan if window.smoothed else split_half_agreement(window.gram_LTT).nanmean().item()
+        return {
+            "fits": fits,
             "steps": list(observer.steps),
-            "backtests": dict.fromkeys(methods, nan),
-            "drift": nan,
-            "agreement": nan,
+            "backtests": {method: half_backtest(window, method, config.rank) for method in methods},
+            "drift": fits["summary"]["drift"].get("mean", nan),
+            "agreement": agreement,
+            "figures": self._figures(window, methods, targets),
         }
-        if energy_L is None:  # the smoothed rows of a sketch agree with one another whatever the real ones do
-            found["backtests"] = {one: metrics.half_backtest(gram_LTT, steps, one, rank) for one in methods}
-            found["drift"] = found["fits"]["summary"]["drift"].get("mean", nan)
-            found["agreement"] = split_half_agreement(gram_LTT).nanmean().item()
-        return {**found, "figures": self._figures(names, gram_LTT, steps, methods, targets)}
 
-    def _figures(
-        self, names: list[str], gram_LTT: torch.Tensor, steps: list[int], methods: list[str], targets: list[int]
-    ) -> dict[str, Path]:
+    def _figures(self, window: Window, methods: list[str], targets: list[int]) -> dict[str, Path]:
         """Pictures of the window; a plotting library that fails costs nothing but them."""
-        folder, smoothed = self._setup.output_dir / "figures", self._observer.energy() is not None
         try:
-            return report.window_figures(folder, names, gram_LTT, steps, targets, methods, smoothed)
+            return report.window_figures(self._setup.output_dir / "figures", window, targets, methods)
         except Exception:
             logger.warning("RELEX: the figures of the window could not be drawn", exc_info=True)
             return {}
@@ -111,7 +109,7 @@ class RelexRank:
             ValueError: a prediction that this trajectory cannot give.
         """
         if isinstance(weights, Prediction):
-            check_method(self._observer.encoding, weights, self._observer.steps)
+            self._observer.kind.check(weights, self._observer.steps[0])
 
     def export(self, weights: Weights, device: Any) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and whole tensor, bfloat16, of other weights than the engine's. Collective: all ranks iterate, to the end.
@@ -121,11 +119,8 @@ class RelexRank:
             device: where the tensors go.
         """
         observer = self._observer
-        if isinstance(weights, Prediction):
-            shards = observer.predicted_tensors(weights)
-        else:
-            shards = observer.observed_now(self._source)
-        return whole_tensors(observer.shapes, observer.aliases, shards, device)
+        shards = self._predicted(weights) if isinstance(weights, Prediction) else observer.current(self._source)
+        return whole_tensors(self._ranks, observer.shapes, observer.aliases, shards, device)
 
     def room(self, rows: int) -> None:
         """Check that so many more rows fit into host memory."""
@@ -134,17 +129,18 @@ class RelexRank:
 
     def write(self, prediction: Prediction, folder: Path, provenance: dict[str, Any]) -> None:
         """Write one predicted checkpoint, each rank its own elements."""
-        self._observer.write_prediction(prediction, folder, provenance)
+        observer = self._observer
+        shards = self._predicted(prediction)
+        write_together(self._ranks, observer.base, observer.aliases, observer.shapes, shards, folder, provenance)
 
-    def _fitted_rows(self) -> tuple[torch.Tensor, list[int]]:
-        """G and the steps of the rows that take part in the fit (all, while there are none yet)."""
-        steps = self._observer.steps
-        skipped = min(sum(step < self._setup.config.fit_from for step in steps), len(steps) - 1)
-        return self._observer.gram()[:, skipped:, skipped:], steps[skipped:]
+    def _predicted(self, prediction: Prediction) -> Iterator[TensorShard]:
+        """This rank's part of a prediction, tensor by tensor."""
+        observer = self._observer
+        return predicted_tensors(observer.histories(), observer.kind, observer.window(), prediction)
 
     def _admit(self, elements: int, tensors: int) -> None:
         """Before memory is taken: does it all fit? Keeps the estimate, in words."""
-        rows = self._setup.plans[self._kind].rows
+        rows = self._setup.plans[self._observer.kind.name].rows
         self._cost = self._check_budget(elements, tensors, rows, already=False)
 
     def _check_budget(self, elements: int, tensors: int, rows: int, already: bool) -> str:
@@ -156,22 +152,22 @@ class RelexRank:
             rows: still to come.
             already: state and moments are in memory by now.
         """
-        host, setup, encoding = socket.gethostname(), self._setup, self._observer.encoding
+        host, setup, kind = socket.gethostname(), self._setup, self._observer.kind
         # Adam's two moments, float32, come with the first step where they are kept on the host.
         optimizer = 8 * elements if self._engine.optimizer_on_host and not already else 0
-        everyone = collectives.gather((host, elements, budget.available_memory(), optimizer))
+        everyone = self._ranks.gather((host, elements, budget.available_memory(), optimizer))
         total, here = sum(one[1] for one in everyone), [one for one in everyone if one[0] == host]
-        rate = budget.change_between_rows(budget.ASSUMED_CHANGE_RATE, setup.plans[self._kind].observe_every)
+        rate = budget.change_between_rows(budget.ASSUMED_CHANGE_RATE, setup.plans[kind.name].observe_every)
         mine = sum(one[1] for one in here)
-        need = budget.budget(encoding, mine, total, rows, setup.predictions, rate, tensors * len(here))
-        held = mine * (encoding.state_bytes + encoding.fixed_bytes) if already else 0
+        need = budget.budget(kind, mine, total, rows, setup.predictions, rate, tensors * len(here))
+        held = mine * (kind.state_bytes + kind.fixed_bytes) if already else 0
         available, later = min(one[2] for one in here), sum(one[3] for one in here)
-        with collectives.together():
+        with self._ranks.together():
             budget.check_memory(need.memory - held, available, len(here), later)
-            if collectives.rank() == 0:
+            if self._ranks.rank == 0:
                 budget.check_disk(need, setup.output_dir)
         return (
-            f"{total:.3g} parameters on {len(everyone)} ranks, {rows} rows of {self._observer.encoding_name}: about "
+            f"{total:.3g} parameters on {len(everyone)} ranks, {rows} rows of {kind.name}: about "
             f"{budget.gib(need.memory)} of host memory on this node ({budget.gib(available)} available), "
             f"{budget.gib(need.trajectory)} of trajectory and {budget.gib(need.predictions)} of predictions in "
             f"{setup.output_dir}"

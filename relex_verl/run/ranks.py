@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 from relex_verl.run.protocol import Answer
-from relex_verl.trajectory.store import TrajectoryError
+from relex_verl.trajectory.index import TrajectoryError
 
 __all__ = ["Ranks", "RelexError"]
 

@@ -7,21 +7,19 @@ from typing import Any
 from relex_verl.maths.advice import alpha_share
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.run.config import Plan, RelexConfig
+from relex_verl.trajectory.kinds import KINDS
 
 __all__ = ["Schedule"]
 
 logger = logging.getLogger("relex_verl")
-
-# What a kind of trajectory becomes where the engine does not allow it.
-FALLBACK = {"fp32": "bf16"}
 
 
 class Schedule:
     """Resolves the configuration against one run.
 
     Attributes:
-        trajectory: the kind by which the weights are followed.
-        plans: the first cut, for each kind that it may come to.
+        kind: of trajectory, by which the weights are followed.
+        plans: the first cut, by the name of each kind that it may come to.
         plan: the coming cut; None when there is none any more.
         earlier: what was found at the cuts behind it, see `output.summary`.
     """
@@ -32,10 +30,10 @@ class Schedule:
         Raises:
             ConfigError: cut or targets do not fit the run.
         """
-        self.trajectory = config.trajectory
-        kinds = [config.trajectory, *([FALLBACK[config.trajectory]] if config.trajectory in FALLBACK else [])]
-        self.plans = {kind: config.plan(total_steps, kind) for kind in kinds}
-        self.plan: Plan | None = self.plans[config.trajectory]
+        self.kind = config.kind
+        names = [name for name in (self.kind.name, self.kind.fallback) if name is not None]
+        self.plans = {name: config.plan(total_steps, KINDS[name]) for name in names}
+        self.plan: Plan | None = self.plans[self.kind.name]
         self.earlier: list[dict[str, Any]] = []
         self._config, self._total_steps, self._first_cut = config, total_steps, self.plan.t_cut
 
@@ -59,15 +57,15 @@ class Schedule:
         """Steps that need not be trained if the run ends at the coming cut."""
         return 0 if self.plan is None else self._total_steps - self.plan.t_cut
 
-    def follow(self, trajectory: str) -> None:
-        """Take the kind of trajectory that the engine allows."""
-        self.trajectory, self.plan = trajectory, self.plans[trajectory]
+    def follow(self, kind: str) -> None:
+        """Take the kind of trajectory that the engine allows, by its name."""
+        self.kind, self.plan = KINDS[kind], self.plans[kind]
 
     def following(self) -> Plan | None:
         """The cut after the coming one, if that does not win; None when the run ends before it."""
         if self.plan is None:
             return None
-        return self._config.next_plan(self.plan, self._first_cut, self._total_steps, self.trajectory)
+        return self._config.next_plan(self.plan, self._first_cut, self._total_steps, self.kind)
 
     def resume(self, step: int, earlier: Sequence[dict[str, Any]]) -> None:
         """Go to the cut that comes next after a step. It may be that step's own, when it came to no verdict.

@@ -1,12 +1,28 @@
-"""What a trajectory's index.json says, and how steps are named to people."""
+"""What a trajectory's index.json says, in every schema that is read, and how steps are named to people."""
 
+import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
-__all__ = ["SCHEMA_VERSION", "TrajectoryError", "TrajectoryIndex", "Window", "step_ranges"]
+from relex_verl.trajectory.files import write_json
+from relex_verl.trajectory.kinds import KINDS
 
-SCHEMA_VERSION = 1
+__all__ = [
+    "SCHEMA_VERSION",
+    "TrajectoryError",
+    "TrajectoryIndex",
+    "WindowRecord",
+    "read_index",
+    "step_ranges",
+    "write_index",
+]
+
+# 1 (0.1.0): one window, whose rank folders stand in the trajectory's own folder. 2: a folder for each window.
+SCHEMA_VERSION = 2
+FOLDER = re.compile(r"\.|window_\d{3,}")
 
 
 class TrajectoryError(RuntimeError):
@@ -14,20 +30,22 @@ class TrajectoryError(RuntimeError):
 
 
 @dataclass
-class Window:
-    """A stretch of observation from one origin theta_0.
+class WindowRecord:
+    """A stretch of observation from one origin theta_0, as the index keeps it.
 
     Attributes:
         origin_step: the training step of theta_0.
-        origin: "base" when theta_0 is the base model (in the encoding's dtype), "stored" when each rank holds its own copy.
+        origin: "base" when theta_0 is the base model (in the kind's dtype), "stored" when each rank holds its own copy.
         steps: the committed steps, ascending.
         stored: of a sketch: the steps whose files are kept, each a sketch of all steps up to it; empty for rows.
+        folder: of its rank folders, below the trajectory's.
     """
 
     origin_step: int = 0
     origin: str = "base"
     steps: list[int] = field(default_factory=list)
     stored: list[int] = field(default_factory=list)
+    folder: str = "window_000"
 
 
 @dataclass
@@ -36,12 +54,13 @@ class TrajectoryIndex:
 
     Attributes:
         base_model: folder or Hub id of the base.
-        encoding: how increments are kept.
-        world_size: number of rank folders.
+        encoding: name of its kind, see `kinds.KINDS`.
+        world_size: number of rank folders of a window.
         tensors: name -> shape, in the order of the stacks (L, ...).
         aliases: tied name -> the name in `tensors` that holds its elements.
         run: what identifies the training run.
-        windows: at least one.
+        windows: at least one, ascending origin steps.
+        schema_version: of the file; a trajectory of an older one is gone on with in its own.
     """
 
     base_model: str
@@ -50,8 +69,50 @@ class TrajectoryIndex:
     tensors: dict[str, list[int]]
     aliases: dict[str, str]
     run: dict[str, Any]
-    windows: list[Window] = field(default_factory=lambda: [Window()])
+    windows: list[WindowRecord] = field(default_factory=lambda: [WindowRecord()])
     schema_version: int = SCHEMA_VERSION
+
+
+def read_index(folder: Path) -> TrajectoryIndex:
+    """The index of a trajectory, of schema 1 or 2.
+
+    Raises:
+        TrajectoryError: there is none, or one that this version cannot read.
+    """
+    path = folder / "index.json"
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise TrajectoryError(f"{folder} holds no trajectory (no index.json)") from None
+    except ValueError as error:
+        raise TrajectoryError(f"{path} is damaged: {error}") from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version not in range(1, SCHEMA_VERSION + 1):
+        raise TrajectoryError(
+            f"{folder} has schema version {version}, this relex-verl reads 1 to {SCHEMA_VERSION}: use the relex-verl that "
+            "wrote it"
+        )
+    old = {"folder": "."} if version == 1 else {}
+    try:
+        windows = [WindowRecord(**{**old, **window}) for window in content.pop("windows")]
+        index = TrajectoryIndex(**content, windows=windows)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise TrajectoryError(f"{path} is damaged: {error}") from error
+    if index.encoding not in KINDS or not windows:
+        raise TrajectoryError(f"{path} is damaged: encoding {index.encoding!r}, {len(windows)} windows")
+    for window in windows:  # a path in somebody else's file must not lead out of the trajectory
+        if not FOLDER.fullmatch(window.folder):
+            raise TrajectoryError(f"{path} is damaged: a window's folder cannot be {window.folder!r}")
+    return index
+
+
+def write_index(folder: Path, index: TrajectoryIndex) -> None:
+    """Put it on disk, in its own schema."""
+    content = asdict(index)
+    if index.schema_version == 1:
+        for window in content["windows"]:
+            del window["folder"]
+    write_json(folder / "index.json", content)
 
 
 def step_ranges(steps: Sequence[int]) -> str:

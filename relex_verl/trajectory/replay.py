@@ -7,21 +7,21 @@ import torch
 
 from relex_verl.maths.gram import append_row, delta_gram
 from relex_verl.maths.sketch import lifted_gram
-from relex_verl.trajectory.encodings import RowEncoding, SketchEncoding
+from relex_verl.maths.window import Window
 from relex_verl.trajectory.index import TrajectoryError, step_ranges
+from relex_verl.trajectory.kinds import RowCodec
 from relex_verl.trajectory.shards import Placement, TensorShard
 from relex_verl.trajectory.store import Trajectory
 
 __all__ = [
     "ShardHistory",
-    "energy",
     "error_bound",
-    "gram",
     "histories",
     "increment_gram",
     "last_states",
     "sketched",
     "states",
+    "window",
 ]
 
 
@@ -31,32 +31,34 @@ class ShardHistory(NamedTuple):
     name: str
     shape: tuple[int, ...]
     placement: Placement
-    anchor: torch.Tensor  # (n,) in the encoding's dtype: what `Encoding.accumulate` starts from
+    anchor: torch.Tensor  # (n,) in the kind's dtype: what `Kind.accumulate` starts from
     parts: list[Any]  # the increments; the moments for a sketch
 
 
-def gram(trajectory: Trajectory, cut: int | None = None) -> torch.Tensor:
-    """G of the steps up to the cut, (L, T, T), summed over the ranks; for a sketch smoothed to polynomials."""
-    if trajectory.is_sketch:
-        return lifted_gram(sketched(trajectory, cut)[0], trajectory.steps_until(cut))
-    return delta_gram(increment_gram(trajectory, cut))
+def window(trajectory: Trajectory, cut: int | None = None) -> Window:
+    """The rows up to a cut, G summed over the ranks; for a sketch smoothed to polynomials.
 
-
-def energy(trajectory: Trajectory, cut: int | None = None) -> torch.Tensor | None:
-    """sum_t |delta_t|^2, (L,), for a sketch, whose G does not say it; else None."""
-    return sketched(trajectory, cut)[1].sum(dim=1) if trajectory.is_sketch else None
+    Raises:
+        TrajectoryError: no step up to the cut, or a file is missing or damaged.
+    """
+    steps, energy_L = trajectory.steps_until(cut), None
+    if trajectory.kind.keeps_rows:
+        gram_LTT = delta_gram(increment_gram(trajectory, cut))
+    else:
+        moment_gram_Lrr, energy_LT = sketched(trajectory, cut)
+        gram_LTT, energy_L = lifted_gram(moment_gram_Lrr, steps), energy_LT.sum(dim=1)
+    return Window(trajectory.names, steps, gram_LTT, trajectory.window.origin_step, energy_L)
 
 
 def sketched(trajectory: Trajectory, cut: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """S S^T (L, r, r) and |delta_t|^2 (L, T) of a sketch, summed over the ranks."""
-    steps, kind = trajectory.steps_until(cut), trajectory.encoding
-    assert isinstance(kind, SketchEncoding)
+    steps, size = trajectory.steps_until(cut), trajectory.kind.size
     position = {name: i for i, name in enumerate(trajectory.names)}
-    total = torch.zeros(len(position), kind.size**2 + len(steps), dtype=torch.float64)
+    total = torch.zeros(len(position), size**2 + len(steps), dtype=torch.float64)
     for rank in range(trajectory.index.world_size):
         where = torch.tensor([position[name] for name in trajectory.placements(rank)], dtype=torch.int64)
         total[where] += trajectory.load(rank, steps[-1]).arrays["gram_row"]
-    return total[:, : kind.size**2].reshape(-1, kind.size, kind.size), total[:, kind.size**2 :]
+    return total[:, : size**2].reshape(-1, size, size), total[:, size**2 :]
 
 
 def increment_gram(trajectory: Trajectory, cut: int | None = None) -> torch.Tensor:
@@ -65,7 +67,7 @@ def increment_gram(trajectory: Trajectory, cut: int | None = None) -> torch.Tens
     Raises:
         TrajectoryError: it is a sketch.
     """
-    trajectory.row_encoding()
+    trajectory.row_codec()
     steps = trajectory.steps_until(cut)
     position = {name: i for i, name in enumerate(trajectory.names)}
     rows = [torch.zeros(len(position), t + 1, dtype=torch.float64) for t in range(len(steps))]
@@ -84,47 +86,47 @@ def histories(
     trajectory: Trajectory, cut: int | None = None, ranks: Sequence[int] | None = None
 ) -> Iterator[ShardHistory]:
     """Every shard with what is kept of it up to the cut, one at a time."""
-    encoding = trajectory.encoding
+    codec = trajectory.kind.rows
     for placed, origin, parts in _shards(trajectory, cut, ranks):
-        from_last = isinstance(encoding, RowEncoding) and encoding.anchor_is_last
-        anchor = _advanced(trajectory.row_encoding(), origin, parts) if from_last else origin
+        from_last = codec is not None and codec.anchor_is_last
+        anchor = _advanced(trajectory.row_codec(), origin, parts) if from_last else origin
         yield ShardHistory(*placed, anchor, parts)
 
 
 def last_states(
     trajectory: Trajectory, cut: int | None = None, ranks: Sequence[int] | None = None
 ) -> Iterator[TensorShard]:
-    """Every shard at the last observed step up to the cut, one at a time, in the encoding's dtype.
+    """Every shard at the last observed step up to the cut, one at a time, in the kind's dtype.
 
     Raises:
         TrajectoryError: it is a sketch.
     """
-    encoding = trajectory.row_encoding()
+    codec = trajectory.row_codec()
     for placed, origin, parts in _shards(trajectory, cut, ranks):
-        yield TensorShard(*placed, _advanced(encoding, origin, parts))
+        yield TensorShard(*placed, _advanced(codec, origin, parts))
 
 
 def _shards(
     trajectory: Trajectory, cut: int | None, ranks: Sequence[int] | None
 ) -> Iterator[tuple[tuple[str, tuple[int, ...], Placement], torch.Tensor, list[Any]]]:
     """Name, shape and placement; theta_0; parts."""
-    steps, base, encoding = trajectory.steps_until(cut), trajectory.base(), trajectory.encoding
+    steps, base, kind = trajectory.steps_until(cut), trajectory.base(), trajectory.kind
     for rank in range(trajectory.index.world_size) if ranks is None else ranks:
         placements = trajectory.placements(rank)
-        packed = [trajectory.stored(rank, step) for step in (steps[-1:] if trajectory.is_sketch else steps)]
+        packed = [trajectory.stored(rank, step) for step in (steps if kind.keeps_rows else steps[-1:])]
         origin = trajectory.origin(rank, base, placements)
         for i, (name, placement) in enumerate(placements.items()):
-            if isinstance(encoding, SketchEncoding):
-                parts = [packed[0].increment(encoding.size * i + j) for j in range(encoding.size)]
+            if kind.keeps_rows:
+                parts = [step.increment(i) for step in packed]
             else:
-                parts = [one.increment(i) for one in packed]
+                parts = [packed[0].increment(kind.size * i + j) for j in range(kind.size)]
             yield (name, tuple(trajectory.index.tensors[name]), placement), origin[name], parts
 
 
-def _advanced(encoding: RowEncoding, origin: torch.Tensor, increments: Sequence[Any]) -> torch.Tensor:
+def _advanced(codec: RowCodec, origin: torch.Tensor, increments: Sequence[Any]) -> torch.Tensor:
     state = origin.clone()  # it may be a view of a memory-mapped file
     for increment in increments:
-        encoding.advance(state, increment)
+        codec.advance(state, increment)
     return state
 
 
@@ -138,7 +140,7 @@ def error_bound(trajectory: Trajectory, step: int) -> float:
         for rank in range(trajectory.index.world_size)
         for i in range(len(trajectory.placements(rank)))
     )
-    return max((trajectory.row_encoding().error_bound(increment) for increment in increments), default=0.0)
+    return max((trajectory.row_codec().error_bound(increment) for increment in increments), default=0.0)
 
 
 def states(trajectory: Trajectory, step: int) -> Iterator[TensorShard]:
@@ -155,7 +157,7 @@ def states(trajectory: Trajectory, step: int) -> Iterator[TensorShard]:
 
 
 def _check_observed(trajectory: Trajectory, step: int) -> None:
-    trajectory.row_encoding()
+    trajectory.row_codec()
     if step not in trajectory.steps:
         raise TrajectoryError(
             f"step {step} was not observed; {trajectory.folder} holds {step_ranges(trajectory.steps)}"

@@ -1,23 +1,24 @@
 """The append-only store of a run's increments on disk.
 
     trajectory/
-      index.json                     schema, base model, tensors, and the windows: origin and committed steps
-      rank_00000/placements.json     which elements of which tensors this rank holds
-      rank_00000/origin.safetensors  theta_0, only when it is not the base model
-      rank_00000/step_000001.safetensors   one increment of every tensor, and this rank's part of the new row of H
+      index.json                     schema, base model, kind, tensors, and the windows: origin and committed steps
+      window_000/rank_00000/         a folder for each window, in it one for each rank:
+        placements.json              which elements of which tensors this rank holds
+        origin.safetensors           theta_0, only when it is not the base model
+        step_000001.safetensors      one increment of every tensor, and this rank's part of the new row of H
 
 A sketch has a file only for the steps at which it was stored: the moments of every tensor over all steps so far. The last
 two are kept, so that a run killed between its checkpoint and ours can resume from the one before.
 
 Every file is written to a temporary name and renamed. A step counts when the index names it, and the index is rewritten
 after all ranks have written their files; what a killed run leaves beyond that is ignored, and overwritten by the next.
-A trajectory is a list of windows, each with its own origin; what reads or writes one here works on the last.
+A trajectory is a list of windows, each with its own origin and folder (schema 1, of version 0.1.0: a single one, in the
+trajectory's own folder). A `Trajectory` reads and writes one of them, the last unless another is asked for.
 """
 
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -26,55 +27,75 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from relex_verl.trajectory.encodings import ENCODINGS, Encoding, PackedStep, RowEncoding, SketchEncoding, StoredStep
+from relex_verl.trajectory.encodings import PackedStep, StoredStep
 from relex_verl.trajectory.files import save_tensors, write_json
 from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint, resolve_model
-from relex_verl.trajectory.index import SCHEMA_VERSION, TrajectoryError, TrajectoryIndex, Window, step_ranges
+from relex_verl.trajectory.index import (
+    TrajectoryError,
+    TrajectoryIndex,
+    WindowRecord,
+    read_index,
+    step_ranges,
+    write_index,
+)
+from relex_verl.trajectory.kinds import KINDS, Kind, RowCodec
 from relex_verl.trajectory.shards import Placement
 
-__all__ = [
-    "SCHEMA_VERSION",
-    "Origin",
-    "Trajectory",
-    "TrajectoryError",
-    "TrajectoryIndex",
-    "Window",
-    "step_ranges",
-]
+__all__ = ["Origin", "Trajectory", "TrajectoryError"]
 
 # Files of a sketch that are kept.
 KEPT_SKETCHES = 2
 
 
 class Trajectory:
-    """A trajectory folder, open for reading; `create`, `append` and `commit` write it."""
+    """A window of a trajectory folder, open for reading; `create`, `begin_window`, `append` and `commit` write it."""
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], window: int = -1) -> None:
         """Open an existing one.
 
+        Args:
+            folder: with index.json.
+            window: which of its windows, from 0; -1 is the last, the one that is being observed.
+
         Raises:
-            TrajectoryError: no index, or one that this version cannot read.
+            TrajectoryError: no index, one that this version cannot read, or no such window.
         """
         self.folder = Path(folder)
-        try:
-            content = json.loads((self.folder / "index.json").read_text())
-        except FileNotFoundError:
-            raise TrajectoryError(f"{self.folder} holds no trajectory (no index.json)") from None
-        except json.JSONDecodeError as error:
-            raise TrajectoryError(f"{self.folder}/index.json is damaged: {error}") from error
-        if content.get("schema_version") != SCHEMA_VERSION:
-            raise TrajectoryError(
-                f"{self.folder} has schema version {content.get('schema_version')}, this relex-verl reads {SCHEMA_VERSION}"
-            )
-        windows = [Window(**window) for window in content.pop("windows")]
-        self.index = TrajectoryIndex(**content, windows=windows)
+        self.index = read_index(self.folder)
+        windows = len(self.index.windows)
+        if not -windows <= window < windows:
+            raise TrajectoryError(f"{self.folder} has {windows} windows, numbered from 0: there is no window {window}")
+        self._number = range(windows)[window]
 
     @classmethod
     def create(cls, folder: Path, index: TrajectoryIndex) -> "Trajectory":
         """Start one: write its index."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "index.json", asdict(index))
+        write_index(folder, index)
         return cls(folder)
+
+    def begin_window(self, origin_step: int) -> "Trajectory":
+        """Begin another window, whose origin each rank stores (`declare_rank`); it counts once the index is written.
+
+        Args:
+            origin_step: the training step of its theta_0, not before the last observed one.
+
+        Raises:
+            TrajectoryError: an earlier step.
+        """
+        last = max([self.index.windows[-1].origin_step, *self.index.windows[-1].steps])
+        if origin_step < last:
+            raise TrajectoryError(f"a window cannot begin at step {origin_step}: {self.folder} goes up to step {last}")
+        number = len(self.index.windows)
+        self.index.windows.append(WindowRecord(origin_step, "stored", folder=f"window_{number:03d}"))
+        self.index.schema_version = 2
+        return self.of_window(number)
+
+    def of_window(self, number: int) -> "Trajectory":
+        """Another window of the same trajectory, from 0; they share the index."""
+        other = Trajectory(self.folder, -1)
+        other.index, other._number = self.index, range(len(self.index.windows))[number]
+        return other
 
     # What a rank writes
 
@@ -110,7 +131,7 @@ class Trajectory:
 
     def write_index(self) -> None:
         """Put on disk what counts."""
-        write_json(self.folder / "index.json", asdict(self.index))
+        write_index(self.folder, self.index)
 
     def delete(self, rank: int, steps: Sequence[int]) -> None:
         """Delete a rank's files of steps that do not count any more."""
@@ -120,13 +141,13 @@ class Trajectory:
     # Reading
 
     @property
-    def window(self) -> Window:
-        """The window that is being observed: the last."""
-        return self.index.windows[-1]
+    def window(self) -> WindowRecord:
+        """What the index says of this window."""
+        return self.index.windows[self._number]
 
     @property
     def steps(self) -> list[int]:
-        """The committed steps of the last window."""
+        """The committed steps of this window."""
         return self.window.steps
 
     @property
@@ -139,27 +160,22 @@ class Trajectory:
         return BaseCheckpoint(resolve_model(self.index.base_model))
 
     @property
-    def encoding(self) -> Encoding:
-        """How it is kept."""
-        return ENCODINGS[self.index.encoding]
+    def kind(self) -> Kind:
+        """What is kept, and how."""
+        return KINDS[self.index.encoding]
 
-    def row_encoding(self) -> RowEncoding:
+    def row_codec(self) -> RowCodec:
         """How its increments are kept.
 
         Raises:
             TrajectoryError: it is a sketch, and has none.
         """
-        if not isinstance(self.encoding, RowEncoding):
+        if self.kind.rows is None:
             raise TrajectoryError(
                 f"{self.folder} is a sketch: it keeps polynomials over the steps, not the observed steps themselves. "
                 "For this, observe with relex.trajectory=fp32 or bf16"
             )
-        return self.encoding
-
-    @property
-    def is_sketch(self) -> bool:
-        """Whether it keeps moments instead of rows."""
-        return isinstance(self.encoding, SketchEncoding)
+        return self.kind.rows
 
     def placements(self, rank: int) -> dict[str, Placement]:
         """Which elements of which tensors a rank holds.
@@ -183,7 +199,7 @@ class Trajectory:
         try:
             with safe_open(path, framework="pt") as handle:
                 arrays = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-                return PackedStep(self.encoding.part, arrays)
+                return PackedStep(self.kind.part, arrays)
         except Exception as error:
             raise TrajectoryError(f"{path} cannot be read: {error}") from error
 
@@ -195,29 +211,31 @@ class Trajectory:
         """
         path = self._step_file(rank, step)
         try:
-            return StoredStep(self.encoding.part, path)
+            return StoredStep(self.kind.part, path)
         except Exception as error:
             raise TrajectoryError(f"{path} cannot be read: {error}") from error
 
     def readable_until(self, rank: int, step: int) -> int:
         """The last step up to `step` before which no file of a rank that the index names is damaged."""
         last = 0
-        for named in self.window.stored if self.is_sketch else self.steps:
+        for named in self.steps if self.kind.keeps_rows else self.window.stored:
             if named > step:
                 break
             try:
                 self.load(rank, named)
             except TrajectoryError:
-                if self.is_sketch:
-                    continue  # an older or newer sketch is as whole
-                return last
+                if self.kind.keeps_rows:
+                    return last
+                continue  # an older or newer sketch is as whole
             last = named
-        return last if self.is_sketch else step
+        return step if self.kind.keeps_rows else last
 
     def kept_after(self, step: int) -> list[int]:
         """The steps that a run resumed after `step` goes on with: for a sketch, those of its last file up to there."""
-        last = step if not self.is_sketch else max((one for one in self.window.stored if one <= step), default=0)
-        return [one for one in self.steps if one <= last]
+        last = step
+        if not self.kind.keeps_rows:
+            last = max((stored for stored in self.window.stored if stored <= step), default=0)
+        return [observed for observed in self.steps if observed <= last]
 
     def steps_until(self, cut: int | None) -> list[int]:
         """The committed steps up to a cut (all of them for None).
@@ -228,7 +246,7 @@ class Trajectory:
         steps = [step for step in self.steps if cut is None or step <= cut]
         if not steps:
             raise TrajectoryError(f"{self.folder} holds no step up to {cut}; it holds {self.steps or 'none'}")
-        if self.is_sketch and steps[-1] not in self.window.stored:
+        if not self.kind.keeps_rows and steps[-1] not in self.window.stored:
             raise TrajectoryError(
                 f"{self.folder} is a sketch, and can be cut only where it was stored: at {step_ranges(self.window.stored)}"
             )
@@ -237,7 +255,7 @@ class Trajectory:
     def origin(self, rank: int, base: BaseCheckpoint, placements: Mapping[str, Placement]) -> "Origin":
         """A rank's part of theta_0."""
         stored = None if self.window.origin == "base" else self._rank_folder(rank) / "origin.safetensors"
-        return Origin(base, placements, stored, self.encoding.dtype)
+        return Origin(base, placements, stored, self.kind.dtype)
 
     @property
     def elements(self) -> int:
@@ -248,7 +266,7 @@ class Trajectory:
         return self._rank_folder(rank) / f"step_{step:06d}.safetensors"
 
     def _rank_folder(self, rank: int) -> Path:
-        return self.folder / f"rank_{rank:05d}"
+        return self.folder / self.window.folder / f"rank_{rank:05d}"
 
 
 class Origin:

@@ -29,7 +29,7 @@ import torch
 from safetensors.torch import save_file
 
 from relex_verl.pipeline.observer import Observer
-from relex_verl.trajectory.encodings import ENCODINGS
+from relex_verl.trajectory.kinds import KINDS
 from relex_verl.trajectory.shards import TensorShard, whole
 
 # The largest single tensor of an 8B model is 8% of a rank's shard on 8 GPUs.
@@ -108,7 +108,7 @@ def follow(name: str, weights: Weights, rows: int, change_rate: float) -> tuple[
     """Observe so many steps: the observer, the seconds of each, and the shares that changed."""
     with workplace() as folder:
         save_file({k: v.to(torch.bfloat16) for k, v in weights.tensors.items()}, folder / "model.safetensors")
-        observer = Observer(folder / "trajectory", str(folder), {}, {}, name)
+        observer = Observer(folder / "trajectory", str(folder), {}, {}, KINDS[name])
         observer.start(weights)
         observer.open(0)
         times, rates = [], []
@@ -131,8 +131,8 @@ def measure(name: str, params: int, rows: int, change_rate: float) -> dict[str, 
     found = {"params": weights.params, "held": anonymous() - before, "peak": peak.most - before}
     states = [one.state for one in observer.held.values()]
     floor = floor_seconds([*states, *(tensor.to(states[0].dtype) for tensor in weights.tensors.values())])
-    promised = ENCODINGS[name].state_bytes + ENCODINGS[name].fixed_bytes
-    promised += sum(ENCODINGS[name].row_bytes(rate) for rate in rates)
+    promised = KINDS[name].state_bytes + KINDS[name].fixed_bytes
+    promised += sum(KINDS[name].row_bytes(rate) for rate in rates)
     return {
         **found,
         "first": times[0],
@@ -152,7 +152,7 @@ def compare(name: str, params: int, rows: int, change_rate: float) -> bool:
         return json.loads(done.stdout)
 
     # What is not compressed fits into the same memory with fewer weights.
-    params = int(params * min(1, 24 / (ENCODINGS[name].state_bytes + rows * ENCODINGS[name].row_bytes(0.01))))
+    params = int(params * min(1, 24 / (KINDS[name].state_bytes + rows * KINDS[name].row_bytes(0.01))))
     small, large = apart(params // 3), apart(params)
     more = large["params"] - small["params"]
     held, peak = ((large[key] - small[key]) / more for key in ("held", "peak"))
@@ -173,16 +173,14 @@ def main() -> int:
     parser.add_argument(
         "--change-rate", type=float, default=0.01, help="share of the bfloat16 weights that change a row"
     )
-    parser.add_argument(
-        "--encoding", choices=list(ENCODINGS), help="measure only this one, in this process; print JSON"
-    )
+    parser.add_argument("--encoding", choices=list(KINDS), help="measure only this one, in this process; print JSON")
     arguments = parser.parse_args()
     params, rows, change_rate = int(arguments.params), arguments.rows, arguments.change_rate
     if arguments.encoding:
         print(json.dumps(measure(arguments.encoding, params, rows, change_rate)))
         return 0
     print(f"{arguments.params:.3g} parameters, {arguments.rows} rows, {torch.get_num_threads()} threads")
-    names = [name for name in ENCODINGS if not name.startswith("sketch") or name == "sketch-4"]
+    names = [name for name in KINDS if not name.startswith("sketch") or name == "sketch-4"]
     kept = [compare(name, params, rows, change_rate) for name in names]
     return 0 if all(kept) else 1
 

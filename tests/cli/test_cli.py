@@ -47,7 +47,7 @@ def test_plan():
         ("reconstruct TRAJECTORY --step 5 --out OUT", "--step 5 is not among"),
         ("reconstruct TRAJECTORY --step 4 --t-cut 50 --out OUT", "--t-cut 50: the last observed step is 6"),
         ("diagnose TRAJECTORY --t-cut 50 --out OUT", "--t-cut 50: the last observed step is 6"),
-        ("diagnose TRAJECTORY --fit-from 7 --out OUT", "--fit-from 7: the last observed step"),
+        ("diagnose TRAJECTORY --fit-from 7 --out OUT", "--fit-from 7: no row is left"),
         ("diagnose TRAJECTORY --tensor nose --out OUT", "--tensor nose: no tensors are called so"),
         ("diagnose TRAJECTORY --tensor mlp --out OUT", "--tensor mlp: 6 tensors are called so"),
         ("backtest TRAJECTORY --t-cut 50 --out OUT", "--t-cut 50: the last observed step is 6"),

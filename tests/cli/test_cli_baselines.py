@@ -17,6 +17,7 @@ from relex_verl.offline.baselines.coefficient_transformer import TransformerSett
 from relex_verl.offline.baselines.next_extrapolation import NextSettings, fit_next, next_tensors
 from relex_verl.offline.baselines.weight_extrapolation import weight_extrapolation
 from relex_verl.pipeline.observer import Observer
+from relex_verl.trajectory.kinds import KINDS
 from relex_verl.trajectory.shards import TensorShard, whole
 from relex_verl.trajectory.store import Trajectory
 
@@ -36,7 +37,7 @@ def trajectory(tmp_path_factory):
             moved = tensor.float() + 1e-3 * step + 3e-4 * step * noise if step else tensor.float()
             yield TensorShard(name, tuple(tensor.shape), whole(tensor.shape), moved.flatten())
 
-    observer = Observer(folder / "trajectory", str(folder / "base"), {HEAD: EMBEDDING}, {}, "fp32-int8")
+    observer = Observer(folder / "trajectory", str(folder / "base"), {HEAD: EMBEDDING}, {}, KINDS["fp32-int8"])
     observer.start(list(source(0)))
     observer.open(0)
     for step in range(1, 7):

@@ -92,7 +92,7 @@ def test_what_a_sketch_gives(finished, sketch, tmp_path):
     assert compared["rows"][0]["cosine"] > 0.5
     found = json_of("diagnose", sketch, "--out", tmp_path / "d")
     assert {"coefficients", "explained_variance_by_layer"} == set(found["figures"])
-    energy = replay.energy(Trajectory(sketch))
+    energy = replay.window(Trajectory(sketch)).energy_L
     assert energy is not None
     assert call("checkout", sketch, "--step", 0, "--out", tmp_path / "base").exit_code == 0
 

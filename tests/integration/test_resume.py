@@ -26,7 +26,7 @@ def kill_after(out: Path, step: int) -> None:
     line = command(out, 6, strategy="fsdp2", ranks=2, relex=RELEX, extra=EXTRA)
     with open(out / "killed.txt", "w") as log:
         process = subprocess.Popen(line, cwd=out, env=environment(out), stdout=log, stderr=log)
-        last = out / "relex" / "trajectory" / "rank_00001" / f"step_{step:06d}.safetensors"
+        last = out / "relex" / "trajectory" / "window_000" / "rank_00001" / f"step_{step:06d}.safetensors"
         deadline = time.monotonic() + 500
         while not last.exists():
             assert process.poll() is None, (out / "killed.txt").read_text()[-3000:]
@@ -52,7 +52,7 @@ def test_resume(tmp_path: Path) -> None:
     trajectory = Trajectory(tmp_path / "relex" / "trajectory")
     assert trajectory.steps == [1, 2, 3, 4, 5, 6]
     states = [checkout(finished, step) for step in range(7)]
-    gram = replay.gram(trajectory)
+    gram = replay.window(trajectory).gram_LTT
     for i, name in enumerate(trajectory.names):
         deltas = torch.stack([(state[name].double() - states[0][name].double()).flatten() for state in states[1:]])
         expected = deltas @ deltas.T

@@ -108,7 +108,7 @@ def check_against_dense(finished: Run, gram_error: float = 1e-12, wrong_share: f
     trajectory = Trajectory(finished.out / "relex" / "trajectory")
     assert trajectory.steps == list(range(1, CUT + 1))
     states = [checkout(finished, step) for step in range(CUT + 1)]
-    gram = replay.gram(trajectory)
+    gram = replay.window(trajectory).gram_LTT
     for i, name in enumerate(trajectory.names):
         deltas = torch.stack([(s[name].double() - states[0][name].double()).flatten() for s in states[1:]])
         expected = deltas @ deltas.T

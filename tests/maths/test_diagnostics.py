@@ -3,7 +3,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from oracle import PREDICTIONS, Dense, increments_of, trajectories
+from oracle import PREDICTIONS, Dense, increments_of, trajectories, window_of
 
 from relex_verl.maths.diagnostics import (
     backtest_error,
@@ -13,7 +13,7 @@ from relex_verl.maths.diagnostics import (
     direction_drift,
     explained_variance,
     line_r2,
-    random_walk_gram,
+    random_walk,
     spectral_gap,
     spectrum,
     split_half_agreement,
@@ -24,6 +24,12 @@ from relex_verl.maths.extrapolators import METHODS
 MOVING = ("walk", "line")
 ZERO = torch.zeros(1, 6, 6, dtype=torch.float64)
 STEPS = [2, 3, 7, 8, 15, 30]
+
+
+def walk_over(steps, origin_step=0):
+    """A random walk over these steps."""
+    nothing = torch.zeros(1, len(steps), len(steps), dtype=torch.float64)
+    return random_walk(window_of(nothing, steps, origin_step))
 
 
 def well_separated(deltas, ratio=0.9):
@@ -76,7 +82,7 @@ def test_drift_is_the_angle_between_dense_directions(dense, data):
 
 def test_drift_refuses_an_early_prefix_that_is_the_longer_one():
     with pytest.raises(ValueError, match="6 rows, the late one only 5"):
-        direction_drift(spectrum(random_walk_gram(STEPS)), spectrum(random_walk_gram(STEPS[:5])))
+        direction_drift(spectrum(walk_over(STEPS).gram_LTT), spectrum(walk_over(STEPS[:5]).gram_LTT))
 
 
 @settings(deadline=None, max_examples=50)
@@ -94,12 +100,12 @@ def test_agreement_is_one_on_a_line_none_on_a_walk_and_undefined_without_two_hal
     line = np.outer(STEPS, np.random.default_rng(0).standard_normal(20))
     stopped = np.minimum(np.arange(6), 2)[:, None] * line[:1]
     straight = torch.tensor(np.stack([line @ line.T, stopped @ stopped.T]))
-    agreement_L = split_half_agreement(torch.cat([straight, random_walk_gram(STEPS), ZERO]))
+    agreement_L = split_half_agreement(torch.cat([straight, walk_over(STEPS).gram_LTT, ZERO]))
     assert agreement_L[0].item() == pytest.approx(1.0)
     assert agreement_L[1].isnan()
     assert agreement_L[2].item() == pytest.approx(0.0, abs=1e-9)
     assert agreement_L[3].isnan()
-    assert split_half_agreement(random_walk_gram(STEPS[:3])).isnan().all()
+    assert split_half_agreement(walk_over(STEPS[:3]).gram_LTT).isnan().all()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -114,7 +120,7 @@ def test_backtest_is_the_dense_error_over_the_error_of_holding(method, data):
     assume(all(well_separated(deltas) for deltas in fitted_on))
     if method == "anchored-half":
         assume(all(well_separated(deltas[half:] - deltas[half - 1]) for deltas in fitted_on))
-    got_L = backtest_error(torch.tensor(dense.gram), dense.steps, prefix, method)
+    got_L = backtest_error(dense.window, prefix, method)
     for got, deltas in zip(got_L, dense.deltas, strict=True):
         hold = np.linalg.norm(deltas[prefix - 1] - deltas[-1])
         assume(hold > 1e-2 * np.linalg.norm(deltas))
@@ -125,11 +131,11 @@ def test_backtest_is_the_dense_error_over_the_error_of_holding(method, data):
 
 
 def test_backtest_uses_the_rank_and_holding_scores_one():
-    gram_LTT = torch.tensor(Dense(STEPS, [increments_of("walk", np.random.default_rng(0), 6, 40)]).gram)
-    assert backtest_error(gram_LTT, STEPS, 4, "hold").tolist() == pytest.approx([1.0])
-    raw = backtest_error(gram_LTT, STEPS, 4, "raw-ols").item()
-    assert backtest_error(gram_LTT, STEPS, 4, "relex", rank=4).item() == pytest.approx(raw)
-    assert backtest_error(gram_LTT, STEPS, 4, "relex", rank=1).item() != pytest.approx(raw, rel=1e-3)
+    window = Dense(STEPS, [increments_of("walk", np.random.default_rng(0), 6, 40)]).window
+    assert backtest_error(window, 4, "hold").tolist() == pytest.approx([1.0])
+    raw = backtest_error(window, 4, "raw-ols").item()
+    assert backtest_error(window, 4, "relex", rank=4).item() == pytest.approx(raw)
+    assert backtest_error(window, 4, "relex", rank=1).item() != pytest.approx(raw, rel=1e-3)
 
 
 def test_the_ratio_is_the_error_of_all_tensors_as_one():
@@ -139,23 +145,23 @@ def test_the_ratio_is_the_error_of_all_tensors_as_one():
     parts = np.split(deltas, [30, 70], axis=1)
     predicted = np.concatenate([PREDICTIONS["relex"](part[:4], STEPS[:4], STEPS[-1], 2) for part in parts])
     expected = np.linalg.norm(predicted - deltas[-1]) / np.linalg.norm(deltas[3] - deltas[-1])
-    gram_LTT = torch.tensor(Dense(STEPS, increments).gram)
-    assert backtest_ratio(gram_LTT, STEPS, 4, "relex", rank=2) == pytest.approx(expected)
-    assert np.isnan(backtest_ratio(ZERO, STEPS, 4))
+    window = Dense(STEPS, increments).window
+    assert backtest_ratio(window, 4, "relex", rank=2) == pytest.approx(expected)
+    assert np.isnan(backtest_ratio(window_of(ZERO, STEPS), 4))
 
 
 @pytest.mark.parametrize(("method", "prefix"), [("relex", 1), ("relex", 6), ("hold", 0), ("poly", 3), ("relex", 7)])
 def test_backtest_refuses_a_prefix_that_cannot_work(method, prefix):
     with pytest.raises(ValueError, match="prefix must be within"):
-        backtest_error(random_walk_gram(STEPS), STEPS, prefix, method)
+        backtest_error(walk_over(STEPS), prefix, method)
 
 
 def test_a_random_walk_shows_0_81_and_0_96():
     """Simulated in 20,000 dimensions, and the limit that is printed beside every figure; also unevenly observed."""
     steps = list(range(1, 76))
     walk = np.random.default_rng(0).standard_normal((75, 20_000)).cumsum(0)
-    simulated = describe(torch.tensor(walk @ walk.T).unsqueeze(0), steps)
-    null = describe(random_walk_gram(steps), steps)
+    simulated = describe(window_of([walk @ walk.T], steps))
+    null = describe(walk_over(steps))
     for figures in (simulated, null):
         assert figures["explained_variance"].item() == pytest.approx(0.81, abs=0.01)
         assert figures["line_r2"].item() == pytest.approx(0.96, abs=0.01)
@@ -164,14 +170,14 @@ def test_a_random_walk_shows_0_81_and_0_96():
 
     rows = [3, 5, 6, 20, 21, 40, 75]
     seen = walk[np.array(rows) - 1]
-    uneven = describe(torch.tensor(seen @ seen.T).unsqueeze(0), rows)
-    for name, value in describe(random_walk_gram(rows), rows).items():
+    uneven = describe(window_of([seen @ seen.T], rows))
+    for name, value in describe(walk_over(rows)).items():
         assert uneven[name].item() == pytest.approx(value.item(), abs=0.02), name
 
 
 def test_a_straight_line_scores_full_marks():
     deltas = np.outer(STEPS, np.random.default_rng(0).standard_normal(20))
-    figures = describe(torch.tensor(deltas @ deltas.T).unsqueeze(0), STEPS)
+    figures = describe(window_of([deltas @ deltas.T], STEPS))
     assert {name: round(value.item(), 6) for name, value in figures.items()} == {
         "explained_variance": 1.0,
         "line_r2": 1.0,
@@ -181,28 +187,29 @@ def test_a_straight_line_scores_full_marks():
 
 
 def test_describe_drifts_against_the_first_half_of_the_rows():
-    gram_LTT = torch.tensor(Dense(STEPS, [increments_of("walk", np.random.default_rng(0), 6, 40)]).gram)
+    window = Dense(STEPS, [increments_of("walk", np.random.default_rng(0), 6, 40)]).window
+    gram_LTT = window.gram_LTT
     expected = direction_drift(spectrum(gram_LTT[:, :3, :3]), spectrum(gram_LTT))
-    torch.testing.assert_close(describe(gram_LTT, STEPS)["drift"], expected)
+    torch.testing.assert_close(describe(window)["drift"], expected)
     torch.testing.assert_close(
-        describe(gram_LTT, STEPS, rank=2)["explained_variance"], explained_variance(spectrum(gram_LTT), 2)
+        describe(window, rank=2)["explained_variance"], explained_variance(spectrum(gram_LTT), 2)
     )
 
 
 def test_a_tensor_that_never_moved_has_no_figures_and_spoils_no_others():
-    stacked = torch.cat([ZERO, random_walk_gram(STEPS)])
-    alone = describe(random_walk_gram(STEPS), STEPS)
-    for name, value_L in describe(stacked, STEPS).items():
+    stacked = window_of(torch.cat([ZERO, walk_over(STEPS).gram_LTT]), STEPS)
+    alone = describe(walk_over(STEPS))
+    for name, value_L in describe(stacked).items():
         assert value_L[0].isnan(), name
         assert value_L[1].item() == pytest.approx(alone[name].item()), name
         assert summary(value_L)["min"] == pytest.approx(alone[name].item())
-    assert backtest_error(stacked, STEPS, 4)[0].isnan()
+    assert backtest_error(stacked, 4)[0].isnan()
 
 
 def test_moved_only_in_the_second_half_has_no_drift_yet():
     deltas = np.zeros((6, 10))
     deltas[3:] = np.random.default_rng(0).standard_normal((3, 10))
-    figures = describe(torch.tensor(deltas @ deltas.T).unsqueeze(0), STEPS)
+    figures = describe(window_of([deltas @ deltas.T], STEPS))
     assert figures["drift"].isnan().all()
     assert figures["explained_variance"].isfinite().all()
 
@@ -215,7 +222,7 @@ def test_moved_at_the_first_row_only_has_no_line():
 
 @pytest.mark.parametrize("rows", [1, 2])
 def test_figures_that_few_rows_do_not_define_are_not_numbers(rows):
-    figures = describe(random_walk_gram(STEPS[:rows]), STEPS[:rows])
+    figures = describe(walk_over(STEPS[:rows]))
     assert figures["line_r2"].isnan().all()
     assert figures["explained_variance"].isfinite().all()
     assert figures["spectral_gap"].isnan().all() == (rows == 1)

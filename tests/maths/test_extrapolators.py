@@ -3,10 +3,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import PREDICTIONS, Dense, fitted, increments_of, tolerance, trajectories
+from oracle import PREDICTIONS, Dense, fitted, increments_of, tolerance, trajectories, window_of
 
 from relex_verl.maths.extrapolators import (
     METHODS,
+    Prediction,
     fit_weights,
     increment_coefficients,
     line_hat,
@@ -19,7 +20,7 @@ WINDOW_STEPS = [3, 4, 9, 20, 26, 40]
 
 
 def weights_of(name, dense, target, rank=1):
-    return METHODS[name].weights(torch.tensor(dense.gram), dense.steps, target, rank)
+    return METHODS[name].weights(dense.window, target, rank)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -134,7 +135,7 @@ def test_too_few_different_steps_for_the_polynomial(steps, degree):
 @given(trajectories(), st.integers(1, 4), st.data())
 def test_reconstruction_is_the_truncated_svd(dense, rank, data):
     row = data.draw(st.integers(0, len(dense.steps) - 1))
-    weights_LT = reconstruction_weights(torch.tensor(dense.gram), row, rank).numpy()
+    weights_LT = reconstruction_weights(dense.window, dense.steps[row], rank).numpy()
     for a, deltas in zip(weights_LT, dense.deltas, strict=True):
         u, s, vt = np.linalg.svd(deltas, full_matrices=False)
         expected = (u[row, :rank] * s[:rank]) @ vt[:rank]
@@ -144,7 +145,7 @@ def test_reconstruction_is_the_truncated_svd(dense, rank, data):
 
 def test_reconstruction_at_full_rank_gives_the_row_back():
     deltas = increments_of("walk", np.random.default_rng(4), 6, 30).cumsum(0)
-    weights = reconstruction_weights(torch.tensor(deltas @ deltas.T).unsqueeze(0), row=2, rank=6)
+    weights = reconstruction_weights(window_of([deltas @ deltas.T], WINDOW_STEPS), WINDOW_STEPS[2], rank=6)
     np.testing.assert_allclose(weights[0].numpy(), np.eye(6)[2], atol=1e-12)
 
 
@@ -170,7 +171,7 @@ def test_a_rank_below_one_is_refused(rank):
 @pytest.mark.parametrize("name", METHODS)
 def test_rows_before_fit_from_take_no_part(name):
     dense = Dense([2, 5, 7, 12, 20, 26, 31], [increments_of("walk", np.random.default_rng(5), 7, 60)] * 2)
-    weights_LT = fit_weights(torch.tensor(dense.gram), dense.steps, 80, name, rank=2, fit_from=6)
+    weights_LT = fit_weights(dense.window, Prediction(name, 80, rank=2, fit_from=6))
     deltas = dense.deltas[0]
     expected = PREDICTIONS[name](deltas[2:], dense.steps[2:], 80, 2)
     assert not weights_LT[:, :2].any()
@@ -179,15 +180,13 @@ def test_rows_before_fit_from_take_no_part(name):
 
 
 def test_fit_from_a_row_includes_it_and_without_it_all_rows_count():
-    gram_LTT = torch.tensor(Dense(WINDOW_STEPS, [increments_of("walk", np.random.default_rng(6), 6, 60)]).gram)
-    assert fit_weights(gram_LTT, WINDOW_STEPS, 100, "raw-ols", fit_from=9)[0].ne(0).tolist() == [False] * 2 + [True] * 4
-    assert torch.equal(
-        fit_weights(gram_LTT, WINDOW_STEPS, 100, "relex"), METHODS["relex"].weights(gram_LTT, WINDOW_STEPS, 100, 1)
-    )
+    window = Dense(WINDOW_STEPS, [increments_of("walk", np.random.default_rng(6), 6, 60)]).window
+    assert fit_weights(window, Prediction("raw-ols", 100, fit_from=9))[0].ne(0).tolist() == [False] * 2 + [True] * 4
+    assert torch.equal(fit_weights(window, Prediction("relex", 100)), METHODS["relex"].weights(window, 100, 1))
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_fit_from_must_leave_enough_rows(name):
-    gram_LTT = torch.tensor(Dense(WINDOW_STEPS, [increments_of("walk", np.random.default_rng(6), 6, 60)]).gram)
+    window = Dense(WINDOW_STEPS, [increments_of("walk", np.random.default_rng(6), 6, 60)]).window
     with pytest.raises(ValueError, match=f"{name} needs {METHODS[name].min_rows} observed steps"):
-        fit_weights(gram_LTT, WINDOW_STEPS, 100, name, fit_from=WINDOW_STEPS[-METHODS[name].min_rows] + 1)
+        fit_weights(window, Prediction(name, 100, fit_from=WINDOW_STEPS[-METHODS[name].min_rows] + 1))

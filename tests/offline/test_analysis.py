@@ -14,7 +14,7 @@ from relex_verl.maths.extrapolators import Prediction
 from relex_verl.offline import analysis
 from relex_verl.pipeline.prediction import extrapolate
 from relex_verl.trajectory import replay
-from relex_verl.trajectory.store import TrajectoryError
+from relex_verl.trajectory.index import TrajectoryError
 
 STEPS = (2, 4, 6, 10, 14)
 
@@ -63,10 +63,10 @@ def test_rows_every_ten_steps(cut, seen):
 
 
 def test_a_window_without_its_first_rows(trajectory):
-    steps, gram_LTT, energy_L = analysis.window(trajectory, 12, fit_from=3)
-    assert steps == [4, 6, 10]
-    assert torch.equal(gram_LTT, replay.gram(trajectory)[:, 1:4, 1:4])
-    assert energy_L is None
+    window = analysis.window(trajectory, 12, fit_from=3)
+    assert list(window.steps) == [4, 6, 10]
+    assert torch.equal(window.gram_LTT, replay.window(trajectory).gram_LTT[:, 1:4, 1:4])
+    assert not window.smoothed
     with pytest.raises(TrajectoryError, match="--fit-from 11"):
         analysis.window(trajectory, 12, fit_from=11)
 
@@ -82,7 +82,7 @@ def test_spread_leaves_out_what_is_not_defined():
 
 @pytest.mark.parametrize("rank", [1, 2, 5])
 def test_a_reconstruction_is_aligned_as_dense_projections_are(trajectory, states, rank):
-    found = analysis.align_reconstruction(replay.gram(trajectory), STEPS, rank)
+    found = analysis.align_reconstruction(replay.window(trajectory), rank)
     assert [one.step for one in found] == list(STEPS)
     for i, name in enumerate(trajectory.names):
         rows = torch.stack([delta(states, step, name) for step in STEPS])
@@ -133,7 +133,7 @@ def test_nothing_is_made_for_what_cannot_be_fitted(trajectory, tmp_path):
 
 def test_a_sweep_goes_on_and_does_not_mix_with_another(states, tmp_path):
     trajectory = record_cut_up(tmp_path / "run", states[0], {step: states[step] for step in STEPS})
-    gram = replay.gram(trajectory)
+    gram = replay.window(trajectory).gram_LTT
     assert gram.shape[1] == len(STEPS)
     progressed = []
     arguments = ([6, 10], [10, 20], ["relex", "hold"], tmp_path / "grid")

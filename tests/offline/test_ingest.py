@@ -62,11 +62,11 @@ def test_the_checkouts_of_a_run_give_its_gram_and_predictions(tmp_path, encoding
     for step in STEPS:
         facts = {"step": step, "max_error": replay.error_bound(online, step)}
         folder = tmp_path / "checkouts" / f"step_{step}"
-        write_checkpoint(online, replay.states(online, step), folder, facts, online.encoding.dtype)
+        write_checkpoint(online, replay.states(online, step), folder, facts, online.kind.dtype)
     again = ingest(str(base), find_checkpoints(tmp_path / "checkouts"), "checkouts", tmp_path / "again")
     exact = encoding == "bf16"
     assert again.index.encoding == ("bf16" if exact else "fp32-none")
-    there, here = replay.gram(online), replay.gram(again)
+    there, here = replay.window(online).gram_LTT, replay.window(again).gram_LTT
     largest_L11 = there.diagonal(dim1=1, dim2=2).amax(-1)[:, None, None].clamp_min(1e-300)
     assert ((there - here).abs() / largest_L11).max() <= (1e-14 if exact else 1e-6)
     for target in (12, 40, 200):

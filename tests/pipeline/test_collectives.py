@@ -3,9 +3,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from relex_verl.pipeline import collectives
+from relex_verl.pipeline.collectives import Collectives, PeerError
 
 RANKS = 2
+ALL = Collectives()
 
 
 def on_ranks(worker, folder):
@@ -32,30 +33,30 @@ def check_all(rank):
         check_one_failed(rank, failing)
     check_both_failed(rank)
     # After failures that all ranks saw together, the group is still in step.
-    assert collectives.gather(rank) == [0, 1]
+    assert ALL.gather(rank) == [0, 1]
 
 
 def check_sums(rank):
-    assert (collectives.rank(), collectives.world_size()) == (rank, RANKS)
+    assert (ALL.rank, ALL.world_size) == (rank, RANKS)
     mine = torch.arange(6, dtype=torch.float64).reshape(1, 2, 3) * 10**rank + 0.25
     kept = mine.clone()
-    total = collectives.sum_over_ranks(mine)
+    total = ALL.sum_over_ranks(mine)
     assert total.device.type == "cpu"
     assert total.dtype == torch.float64
     assert torch.equal(total, torch.arange(6, dtype=torch.float64).reshape(1, 2, 3) * 11 + 0.5)
     assert torch.equal(mine, kept), "the caller's tensor was changed"
-    uneven = collectives.sum_over_ranks(torch.tensor([0.1 + 1e-17 * rank, 1e16 * rank], dtype=torch.float64))
-    everywhere = collectives.gather(uneven)
+    uneven = ALL.sum_over_ranks(torch.tensor([0.1 + 1e-17 * rank, 1e16 * rank], dtype=torch.float64))
+    everywhere = ALL.gather(uneven)
     assert torch.equal(everywhere[0], everywhere[1])
-    assert collectives.sum_over_ranks(torch.zeros(0, dtype=torch.float64)).shape == (0,)
+    assert ALL.sum_over_ranks(torch.zeros(0, dtype=torch.float64)).shape == (0,)
 
 
 def check_gathers(rank):
-    assert collectives.gather({"rank": rank, "names": ["a"] * rank}) == [
+    assert ALL.gather({"rank": rank, "names": ["a"] * rank}) == [
         {"rank": 0, "names": []},
         {"rank": 1, "names": ["a"]},
     ]
-    assert collectives.gather(None) == [None, None]
+    assert ALL.gather(None) == [None, None]
 
 
 def check_merges(rank):
@@ -65,30 +66,30 @@ def check_merges(rank):
         whole.view(torch.uint8)[-2:] = 255
         mine = torch.zeros_like(whole)
         mine[rank::RANKS] = whole[rank::RANKS]
-        merged = collectives.merge(mine)
+        merged = ALL.merge(mine)
         assert merged.dtype == dtype
         assert torch.equal(merged.view(torch.uint8), whole.view(torch.uint8))
 
 
 def check_nobody_failed(rank):
-    assert collectives.all_or_nothing(None) is None
+    assert ALL.all_or_nothing(None) is None
 
 
 def check_one_failed(rank, failing):
     own = ValueError(f"disk full on {rank}")
-    with pytest.raises((ValueError, collectives.PeerError)) as caught:
-        collectives.all_or_nothing(own if rank == failing else None)
+    with pytest.raises((ValueError, PeerError)) as caught:
+        ALL.all_or_nothing(own if rank == failing else None)
     if rank == failing:
         assert caught.value is own
     else:
-        assert type(caught.value) is collectives.PeerError
+        assert type(caught.value) is PeerError
         assert "1 of 2 ranks failed" in str(caught.value)
 
 
 def check_both_failed(rank):
     own = OSError(rank)
     with pytest.raises(OSError) as caught:  # noqa: PT011
-        collectives.all_or_nothing(own)
+        ALL.all_or_nothing(own)
     assert caught.value is own
 
 
@@ -99,11 +100,11 @@ def test_two_ranks(tmp_path):
 
 def test_one_rank_needs_no_group():
     assert not dist.is_initialized()
-    assert (collectives.rank(), collectives.world_size()) == (0, 1)
+    assert (ALL.rank, ALL.world_size) == (0, 1)
     mine = torch.tensor([1.5], dtype=torch.float64)
-    assert collectives.sum_over_ranks(mine).tolist() == [1.5]
-    assert collectives.gather("mine") == ["mine"]
-    assert collectives.merge(mine).tolist() == [1.5]
-    assert collectives.all_or_nothing(None) is None
+    assert ALL.sum_over_ranks(mine).tolist() == [1.5]
+    assert ALL.gather("mine") == ["mine"]
+    assert ALL.merge(mine).tolist() == [1.5]
+    assert ALL.all_or_nothing(None) is None
     with pytest.raises(KeyError, match="mine"):
-        collectives.all_or_nothing(KeyError("mine"))
+        ALL.all_or_nothing(KeyError("mine"))

@@ -11,27 +11,27 @@ from pipeline import RUN, on_two_ranks, weights_of
 from relex_verl.pipeline.collectives import PeerError
 from relex_verl.pipeline.gathering import whole_tensors
 from relex_verl.pipeline.observer import Observer
+from relex_verl.trajectory.kinds import KINDS
 from relex_verl.trajectory.shards import TensorShard
 
 
 def fail_while_weights_are_put_together(rank: int, world: int, base: Path, out: Path) -> None:
     """Rank 1's shards fail in the middle: both ranks hear of it at the end, none waits in a collective."""
-    observer = Observer(out / "trajectory", str(base), {}, RUN)
+    observer = Observer(out / "trajectory", str(base), {}, RUN, KINDS["bf16"])
     source = RankSource(DriftingModel(weights_of(base)).at(1), rank, world)
     observer.start(source)
 
     def broken() -> Iterator[TensorShard]:
-        for i, shard in enumerate(observer.observed_now(source)):
+        for i, shard in enumerate(observer.current(source)):
             if rank == 1 and i == 3:
                 raise OSError("gone")
             yield shard
 
     handed = []
     with pytest.raises(OSError if rank == 1 else PeerError):
-        handed += [name for name, _ in whole_tensors(observer.shapes, {}, broken(), "cpu")]
-    whole = dict(
-        whole_tensors(observer.shapes, {"tied": next(iter(observer.shapes))}, observer.observed_now(source), "cpu")
-    )
+        handed += [name for name, _ in whole_tensors(observer.ranks, observer.shapes, {}, broken(), "cpu")]
+    tied = {"tied": next(iter(observer.shapes))}
+    whole = dict(whole_tensors(observer.ranks, observer.shapes, tied, observer.current(source), "cpu"))
     for name, tensor in DriftingModel(weights_of(base)).at(1).items():
         assert torch.equal(whole[name], tensor.to(torch.bfloat16))
     assert whole["tied"] is whole[next(iter(observer.shapes))]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import DriftingModel, RankSource
-from pipeline import PREDICTION, RUN, STEPS, on_two_ranks, train, train_rank, weights_of
+from pipeline import PREDICTION, RUN, STEPS, on_two_ranks, predicted, train, train_rank, weights_of
 from recorded import random_weights, write_base
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -15,6 +15,7 @@ from relex_verl.pipeline.collectives import PeerError
 from relex_verl.pipeline.observer import Observer
 from relex_verl.pipeline.prediction import extrapolate, write_checkpoint
 from relex_verl.trajectory import replay
+from relex_verl.trajectory.kinds import KINDS
 from relex_verl.trajectory.shards import TensorShard, whole
 from relex_verl.trajectory.store import Trajectory
 
@@ -51,7 +52,7 @@ def test_bf16_prediction_is_the_dense_one(base: Path, two_ranks: dict[str, Path]
     wrong = sum(int((written[name] != expected[name].to(torch.bfloat16)).sum()) for name in written)
     assert wrong <= 1e-5 * total
     trajectory = Trajectory(out / "trajectory")
-    gram = replay.gram(trajectory)
+    gram = replay.window(trajectory).gram_LTT
     for i, name in enumerate(trajectory.names):
         deltas = torch.stack([(s[name].double() - states[0][name].double()).flatten() for s in states[1:]])
         torch.testing.assert_close(
@@ -59,23 +60,23 @@ def test_bf16_prediction_is_the_dense_one(base: Path, two_ranks: dict[str, Path]
         )
 
 
-@pytest.mark.parametrize("encoding", ["bf16", "fp32-int8", "sketch-4"])
-def test_ranks_do_not_matter(base: Path, two_ranks: dict[str, Path], encoding: str, tmp_path: Path) -> None:
-    train(tmp_path, base, encoding)
+@pytest.mark.parametrize("kind", ["bf16", "fp32-int8", "sketch-4"])
+def test_ranks_do_not_matter(base: Path, two_ranks: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    train(tmp_path, base, kind)
     differing = total = 0
     for file in (tmp_path / PREDICTION.folder_name).glob("*.safetensors"):
-        one, two = load_file(file), load_file(two_ranks[encoding] / PREDICTION.folder_name / file.name)
+        one, two = load_file(file), load_file(two_ranks[kind] / PREDICTION.folder_name / file.name)
         differing += sum(int((one[name] != two[name]).sum()) for name in one)
         total += sum(tensor.numel() for tensor in one.values())
     # Groups of 64 start at the same elements however rows or (multiples of 64) columns are cut: equal, not nearly equal.
     # The moments' Gram matrix is added up in another order: nearly equal.
     assert total > 100_000
-    assert differing <= (1e-4 * total if encoding == "sketch-4" else 0)
+    assert differing <= (1e-4 * total if kind == "sketch-4" else 0)
 
 
-@pytest.mark.parametrize("encoding", ["bf16", "fp32-int8", "sketch-4"])
-def test_offline_gives_the_same_bits(two_ranks: dict[str, Path], encoding: str, tmp_path: Path) -> None:
-    run = two_ranks[encoding]
+@pytest.mark.parametrize("kind", ["bf16", "fp32-int8", "sketch-4"])
+def test_offline_gives_the_same_bits(two_ranks: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    run = two_ranks[kind]
     trajectory = Trajectory(run / "trajectory")
     write_checkpoint(trajectory, extrapolate(trajectory, STEPS[-1], PREDICTION), tmp_path / "offline")
     for file in (run / PREDICTION.folder_name).glob("*.safetensors"):
@@ -83,20 +84,20 @@ def test_offline_gives_the_same_bits(two_ranks: dict[str, Path], encoding: str, 
     AutoModelForCausalLM.from_pretrained(tmp_path / "offline")
 
 
-@pytest.mark.parametrize("encoding", ["bf16", "fp32-int8"])
-def test_resume_drops_what_the_checkpoint_did_not_see(base: Path, encoding: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["bf16", "fp32-int8"])
+def test_resume_drops_what_the_checkpoint_did_not_see(base: Path, kind: str, tmp_path: Path) -> None:
     """Killed at step 6 after a checkpoint at step 3: rows 5 and 6 are trained again and the result is the same."""
-    straight = train(tmp_path / "straight", base, encoding)
-    train(tmp_path / "killed", base, encoding, steps=[1, 2, 3, 5, 6])
+    straight = train(tmp_path / "straight", base, kind)
+    train(tmp_path / "killed", base, kind, steps=[1, 2, 3, 5, 6])
     model = DriftingModel(weights_of(base))
-    observer = Observer(tmp_path / "killed" / "trajectory", str(base), {}, RUN, encoding)
+    observer = Observer(tmp_path / "killed" / "trajectory", str(base), {}, RUN, KINDS[kind])
     observer.start(RankSource(model.at(0)))
     observer.open(3)
     assert observer.steps == [1, 2, 3]
     for step in [5, 6, 9, 10]:
         observer.observe(step, RankSource(model.at(step)))
-    torch.testing.assert_close(observer.gram(), straight.gram(), rtol=1e-13, atol=0)
-    for one, other in zip(observer.predicted_tensors(PREDICTION), straight.predicted_tensors(PREDICTION), strict=True):
+    torch.testing.assert_close(observer.window().gram_LTT, straight.window().gram_LTT, rtol=1e-13, atol=0)
+    for one, other in zip(predicted(observer), predicted(straight), strict=True):
         assert torch.equal(one.data, other.data)
     assert Trajectory(tmp_path / "killed" / "trajectory").steps == STEPS
 
@@ -127,7 +128,7 @@ def refuse_for_lack_of_memory(rank: int, world: int, base: Path, out: Path) -> N
         raise MemoryError("no")
 
     weights = weights_of(base)
-    observer = Observer(out / "trajectory", str(base), {}, RUN)
+    observer = Observer(out / "trajectory", str(base), {}, RUN, KINDS["bf16"])
     with pytest.raises(MemoryError):
         observer.start(RankSource(weights, rank, world), admit)
     assert observer.held == {}
@@ -143,7 +144,7 @@ def test_a_run_that_does_not_fit_is_refused_before_memory_is_taken(base: Path, t
 def fail_on_one_rank(rank: int, world: int, base: Path, out: Path) -> None:
     """Rank 1 meets NaN: both ranks get an error, none waits, nothing of the step is kept."""
     model = DriftingModel(weights_of(base))
-    observer = Observer(out / "trajectory", str(base), {}, RUN)
+    observer = Observer(out / "trajectory", str(base), {}, RUN, KINDS["bf16"])
     observer.start(RankSource(model.at(0), rank, world))
     observer.open(0)
     observer.observe(1, RankSource(model.at(1), rank, world))
@@ -163,7 +164,7 @@ def test_an_error_on_one_rank_is_an_error_on_all(base: Path, tmp_path: Path) -> 
 
 def leave_a_gap(rank: int, world: int, base: Path, out: Path) -> None:
     """Both ranks hold the first half only: the rest would be missing from every prediction."""
-    observer = Observer(out / "trajectory", str(base), {}, RUN)
+    observer = Observer(out / "trajectory", str(base), {}, RUN, KINDS["bf16"])
     with pytest.raises(ValueError, match=r"gap|end at element"):
         observer.start(RankSource(weights_of(base), 0, world))
 
@@ -195,7 +196,9 @@ class Fickle:
 )
 def test_weights_that_come_in_another_way_are_refused(tmp_path: Path, change: str, says: str, at: int) -> None:
     weights = random_weights()
-    observer = Observer(tmp_path / "trajectory", str(write_base(tmp_path / "base", weights)), {}, {}, "fp32-int8")
+    observer = Observer(
+        tmp_path / "trajectory", str(write_base(tmp_path / "base", weights)), {}, {}, KINDS["fp32-int8"]
+    )
     source = Fickle(weights, change, at)
     with pytest.raises(ValueError, match=says):
         observe_a_step(observer, source)

@@ -11,8 +11,8 @@ STATES = {step: random_weights(seed=step, scale=0.1) for step in (1, 2, 5)}
 
 
 def weighted(trajectory, cut, weights_LT):
-    histories, steps = replay.histories(trajectory, cut), trajectory.steps_until(cut)
-    return weighted_tensors(histories, trajectory.encoding, trajectory.names, steps, weights_LT)
+    window = replay.window(trajectory, cut)
+    return weighted_tensors(replay.histories(trajectory, cut), trajectory.kind, window, weights_LT)
 
 
 def test_is_the_weighted_sum_of_the_deltas(tmp_path):
@@ -28,9 +28,9 @@ def test_is_the_weighted_sum_of_the_deltas(tmp_path):
 
 def test_has_the_same_bits_as_the_pipeline(tmp_path):
     trajectory = record(tmp_path, BASE, STATES)
-    gram = replay.gram(trajectory, 5)
-    here = by_name(weighted(trajectory, 5, fit_weights(gram, [1, 2, 5], 20, "relex")))
-    there = by_name(extrapolate(trajectory, 5, Prediction("relex", 20)))
+    prediction = Prediction("relex", 20)
+    here = by_name(weighted(trajectory, 5, fit_weights(replay.window(trajectory, 5), prediction)))
+    there = by_name(extrapolate(trajectory, 5, prediction))
     assert all(torch.equal(here[name], there[name]) for name in BASE)
 
 

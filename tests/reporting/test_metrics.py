@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relex_verl.maths.diagnostics import describe
+from relex_verl.maths.diagnostics import describe, half_backtest
 from relex_verl.maths.gram import delta_gram
+from relex_verl.maths.window import Window
 from relex_verl.reporting import metrics, provenance
 from relex_verl.reporting import wandb as reporting_wandb
 from relex_verl.reporting.wandb import log_cut
@@ -20,17 +21,18 @@ from relex_verl.reporting.wandb import log_cut
 STEPS = [1, 2, 3, 4, 5, 6]
 
 
-def grams(tensors: int = 3) -> torch.Tensor:
+def window_of(tensors: int = 3, rows: int = len(STEPS)) -> Window:
     """Trajectories of tensors, the last of which never moved."""
     generator = torch.Generator().manual_seed(0)
     increments = torch.randn(tensors, 1, 50, generator=generator, dtype=torch.float64)
     increments = increments + 0.3 * torch.randn(tensors, len(STEPS), 50, generator=generator, dtype=torch.float64)
     increments[-1] = 0.0
-    return delta_gram(increments @ increments.transpose(1, 2))
+    gram_LTT = delta_gram(increments @ increments.transpose(1, 2))[:, :rows, :rows]
+    return Window(["a", "b", "c"][:tensors], STEPS[:rows], gram_LTT)
 
 
 def test_metrics_of_a_step() -> None:
-    figures = describe(grams(), STEPS)
+    figures = describe(window_of())
     flat = metrics.step_metrics(figures, 0.02, 1000, backtest=0.6)
     assert flat["relex/ready"] == 1.0
     assert flat["relex/backtest/error_vs_hold"] == 0.6
@@ -42,17 +44,17 @@ def test_metrics_of_a_step() -> None:
 
 
 def test_nothing_is_said_of_what_is_not_defined_yet() -> None:
-    flat = metrics.step_metrics(describe(grams()[:, :1, :1], [1]), 0.02, 1000, math.nan)
+    flat = metrics.step_metrics(describe(window_of(rows=1)), 0.02, 1000, math.nan)
     assert not any("ready" in name or "backtest" in name or "drift" in name for name in flat)
 
 
 def test_a_backtest_needs_enough_rows() -> None:
-    assert math.isnan(metrics.half_backtest(grams()[:, :1, :1], [1], "relex", 1))
-    assert metrics.half_backtest(grams(), STEPS, "relex", 1) < 1.0
+    assert math.isnan(half_backtest(window_of(rows=1), "relex"))
+    assert half_backtest(window_of(), "relex") < 1.0
 
 
 def test_fits_of_a_cut() -> None:
-    report = metrics.fit_report(["a", "b", "c"], [[5, 10], [50], [2, 25]], grams(), STEPS, 1)
+    report = metrics.fit_report(window_of(), [[5, 10], [50], [2, 25]], 1)
     assert [row["tensor"] for row in report["tensors"]] == ["a", "b", "c"]
     assert report["tensors"][0]["explained_variance"] > 0.5
     assert report["tensors"][2]["explained_variance"] is None
@@ -61,8 +63,9 @@ def test_fits_of_a_cut() -> None:
 
 
 def test_a_trajectory_that_never_moved_makes_a_strict_report() -> None:
-    report = metrics.fit_report(["a"], [[50]], torch.zeros(1, 6, 6, dtype=torch.float64), STEPS, 1)
-    report["backtest"] = metrics.half_backtest(torch.zeros(1, 6, 6, dtype=torch.float64), STEPS, "relex", 1)
+    window = Window(["a"], STEPS, torch.zeros(1, 6, 6, dtype=torch.float64))
+    report = metrics.fit_report(window, [[50]], 1)
+    report["backtest"] = half_backtest(window, "relex")
     json.dumps(metrics.strict(report), allow_nan=False)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from relex_verl.maths.diagnostics import backtest_error
 from relex_verl.maths.gram import delta_gram
+from relex_verl.maths.window import Window
 from relex_verl.reporting import metrics, plots, report
 
 STEPS = [2, 4, 6, 8, 10, 12]
@@ -18,11 +19,11 @@ EVIL = "<script src='http://example.com/x.js'></script>"
 
 
 @pytest.fixture(scope="module")
-def gram_LTT() -> torch.Tensor:
+def window() -> Window:
     generator = torch.Generator().manual_seed(0)
     increments = torch.randn(3, 1, 60, generator=generator, dtype=torch.float64)
     increments = increments + 0.3 * torch.randn(3, len(STEPS), 60, generator=generator, dtype=torch.float64)
-    return delta_gram(increments @ increments.transpose(1, 2))
+    return Window(NAMES, STEPS, delta_gram(increments @ increments.transpose(1, 2)))
 
 
 def row(name: str, method: str | None, target: int, score: float, error: float = 0.02) -> dict[str, Any]:
@@ -44,16 +45,16 @@ def test_a_tensors_place(name: str, place: tuple[int, str]) -> None:
     assert report.layer_and_module(name) == place
 
 
-def test_pictures_of_a_window(gram_LTT: torch.Tensor, tmp_path: Path) -> None:
-    drawn = report.window_figures(tmp_path / "figures", NAMES, gram_LTT, STEPS, [24], ["relex", "hold"])
+def test_pictures_of_a_window(window: Window, tmp_path: Path) -> None:
+    drawn = report.window_figures(tmp_path / "figures", window, [24], ["relex", "hold"])
     assert drawn.keys() == {"coefficients", "spectrum", "r2_by_layer", "backtest"}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn.values())
-    one_row = report.window_figures(tmp_path / "one", NAMES, gram_LTT[:, :1, :1], [2], [24], ["relex"])
+    one_row = report.window_figures(tmp_path / "one", window.until(2), [24], ["relex"])
     assert one_row.keys() == {"coefficients", "spectrum"}
 
 
 def test_the_backtest_is_drawn_against_its_horizon(
-    gram_LTT: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    window: Window, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """x is how many times the prefix's last step was predicted, the nearest first."""
     seen: dict[str, Any] = {}
@@ -63,11 +64,11 @@ def test_the_backtest_is_drawn_against_its_horizon(
         return [stem.with_suffix(".png")]
 
     monkeypatch.setattr(plots, "plot_backtest", keep)
-    report.window_figures(tmp_path, NAMES, gram_LTT, STEPS, [24], ["relex"])
+    report.window_figures(tmp_path, window, [24], ["relex"])
     points = seen["points"]
-    assert seen["xlabel"] == "horizon: 12 / last step of the prefix"
+    assert seen["xlabel"] == "horizon: step 12 / last step of the prefix, both from step 0"
     assert [one.x for one in points] == pytest.approx([12 / step for step in reversed(STEPS[1:-1])])
-    expected = backtest_error(gram_LTT, STEPS, 2, "relex").median().item()
+    expected = backtest_error(window, 2, "relex").median().item()
     assert points[-1].middle == pytest.approx(expected)
 
 
@@ -101,9 +102,9 @@ class References(HTMLParser):
         ]
 
 
-def test_the_page_needs_no_network_and_says_it_all(gram_LTT: torch.Tensor, tmp_path: Path) -> None:
-    fits = metrics.fit_report(NAMES, [[6, 10]] * 3, gram_LTT, STEPS, 1)
-    figures = report.window_figures(tmp_path / "figures", NAMES, gram_LTT, STEPS, [24], ["relex"])
+def test_the_page_needs_no_network_and_says_it_all(window: Window, tmp_path: Path) -> None:
+    fits = metrics.fit_report(window, [[6, 10]] * 3, 1)
+    figures = report.window_figures(tmp_path / "figures", window, [24], ["relex"])
     figures["scores"] = report.horizon_figure(tmp_path / "figures", ROWS)
     earlier = {"t_cut": 6, "advice": {"reason": "Keep training: relex-step_12 scores 0.1"}, "validation_scores": ROWS}
     content = {

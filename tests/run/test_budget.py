@@ -14,7 +14,7 @@ from relex_verl.run.budget import (
     check_disk,
     check_memory,
 )
-from relex_verl.trajectory.encodings import ENCODINGS
+from relex_verl.trajectory.kinds import KINDS
 
 GIB = 2**30
 BILLION = 10**9
@@ -29,7 +29,7 @@ def test_the_estimate_is_state_and_rows_of_a_rank_and_two_bytes_a_predicted_weig
 
 
 def test_a_sketch_costs_the_same_however_many_rows():
-    few, many = (budget(ENCODINGS["sketch-4"], BILLION, 4 * BILLION, rows, 0) for rows in (16, 1000))
+    few, many = (budget(KINDS["sketch-4"], BILLION, 4 * BILLION, rows, 0) for rows in (16, 1000))
     assert few == many
     assert few.memory == 20 * BILLION
     assert few.trajectory == 3 * 16 * 4 * BILLION
@@ -46,7 +46,7 @@ def test_more_weights_change_between_rows_that_lie_apart():
     [("bf16", 75, (9, 12)), ("fp32-int8", 12, (16, 17)), ("fp32-int4", 12, (10, 11)), ("fp32-none", 12, (52, 52))],
 )
 def test_bytes_a_parameter(name, rows, bytes_each):
-    memory = budget(ENCODINGS[name], BILLION, 4 * BILLION, rows, 0).memory / BILLION
+    memory = budget(KINDS[name], BILLION, 4 * BILLION, rows, 0).memory / BILLION
     assert bytes_each[0] <= memory <= bytes_each[1]
 
 

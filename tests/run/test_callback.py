@@ -14,7 +14,7 @@ from relex_verl.run.callback import RelexCallback
 from relex_verl.run.config import ConfigError
 from relex_verl.run.ranks import RelexError
 from relex_verl.run.validation import ValidationTimeout
-from relex_verl.trajectory.store import TrajectoryError
+from relex_verl.trajectory.index import TrajectoryError
 
 WINS = {CUT: 0.5, 20: 0.9}
 LOSES = {CUT: 0.7, 6: 0.6, 20: 0.1}
@@ -217,7 +217,7 @@ def test_a_fallback_is_planned_and_told(tmp_path: Path, caplog: pytest.LogCaptur
             targets=[60],
             steps=60,
         )
-    assert {kind: plan.rows for kind, plan in workers.setup.plans.items()} == {"fp32": 16, "bf16": 32}
+    assert {kind: plan.rows for kind, plan in workers.setup.plans.items()} == {"fp32-int8": 16, "bf16": 32}
     assert callback.plan.rows == 32
     assert "relex.trajectory=fp32 becomes bf16: no master weights" in caplog.text
     assert "RELEX: needs 3 GiB" in caplog.text

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from relex_verl.maths.extrapolators import METHODS
-from relex_verl.run.config import AUTO_ROWS, ConfigError, Plan, RelexConfig
+from relex_verl.run.config import ConfigError, Plan, RelexConfig
+from relex_verl.trajectory.kinds import AUTO_ROWS, KINDS
 
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -167,19 +168,19 @@ def test_rows_are_every_nth_step_and_always_the_cut(t_cut, every, first):
 
 def test_the_next_cut_is_as_far_again_and_rare_rows_are_thinned_once():
     config = RelexConfig(t_cut=32, targets=[50, 64, 100, 400])
-    first = config.plan(500, "fp32")
-    second = config.next_plan(first, 32, 500, "fp32")
-    third = config.next_plan(second, 32, 500, "fp32")
+    first = config.plan(500, KINDS["fp32-int8"])
+    second = config.next_plan(first, 32, 500, KINDS["fp32-int8"])
+    third = config.next_plan(second, 32, 500, KINDS["fp32-int8"])
     assert first == Plan(32, [50, 64, 100, 400], 2)
     assert second == Plan(64, [100, 400], 8)
     assert third == Plan(96, [100, 400], 8)
-    assert config.next_plan(Plan(32, [50], 1), 32, 500, "bf16") == Plan(64, [128], 1)
+    assert config.next_plan(Plan(32, [50], 1), 32, 500, KINDS["bf16"]) == Plan(64, [128], 1)
 
 
 @pytest.mark.parametrize(("total", "t_cut"), [(72, None), (73, 72), (500, 72)])
 def test_there_is_no_next_cut_at_the_end_of_the_run(total, t_cut):
     config = RelexConfig(t_cut=32, recut_every=40, observe_every=3)
-    plan = config.next_plan(Plan(32, [500], 3), 32, total, "fp32")
+    plan = config.next_plan(Plan(32, [500], 3), 32, total, KINDS["fp32-int8"])
     assert plan == (None if t_cut is None else Plan(t_cut, [500], 3))
 
 
@@ -187,10 +188,10 @@ def test_there_is_no_next_cut_at_the_end_of_the_run(total, t_cut):
 @given(st.integers(2, 2000))
 def test_auto_takes_each_step_for_bf16_and_about_16_rows_for_fp32(t_cut):
     config = RelexConfig(t_cut=t_cut, targets=[t_cut + 1])
-    rows = config.plan(2000, "fp32").rows
+    rows = config.plan(2000, KINDS["fp32-int8"]).rows
     assert min(t_cut, AUTO_ROWS) * 0.6 <= rows <= AUTO_ROWS * 1.5
-    assert config.plan(2000, "bf16").rows == t_cut
-    assert RelexConfig(t_cut=t_cut, targets=[t_cut + 1], observe_every=1).plan(2000, "fp32").rows == t_cut
+    assert config.plan(2000, KINDS["bf16"]).rows == t_cut
+    assert RelexConfig(t_cut=t_cut, targets=[t_cut + 1], observe_every=1).plan(2000, KINDS["fp32-int8"]).rows == t_cut
 
 
 def test_the_folder_is_absolute(monkeypatch, tmp_path):
@@ -207,7 +208,7 @@ def test_a_sketch_takes_each_step_from_the_burn_in_on_and_fits_polynomials_only(
     plan = config.plan(400)
     assert (plan.observe_every, plan.first, plan.rows) == (1, 11, 50)
     assert [step for step in range(1, 62) if plan.observes(step)] == list(range(11, 61))
-    later = config.next_plan(plan, 60, 400, "sketch")
+    later = config.next_plan(plan, 60, 400, KINDS["sketch-4"])
     assert (later.t_cut, later.first, later.observe_every) == (120, 11, 1)
     assert RelexConfig.from_mapping({"t_cut": 60, "fit_from": 11}).plan(400).first == 1
 

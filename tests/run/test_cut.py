@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from stand_ins import CUT, METRIC, PROMPTS, Host
 
 from relex_verl.maths.advice import decides
-from relex_verl.maths.diagnostics import describe, split_half_agreement
+from relex_verl.maths.diagnostics import describe, half_backtest, split_half_agreement
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.maths.gram import delta_gram
 from relex_verl.maths.search import screen
-from relex_verl.reporting import metrics
+from relex_verl.maths.window import Window
 from relex_verl.run.config import RelexConfig
 from relex_verl.run.cut import Verdict, decide
 from relex_verl.run.validation import Validation, ValidationTimeout
@@ -50,10 +50,11 @@ def random_walks(draw: st.DrawFn) -> dict[str, Any]:
     scale = 10 ** draw(st.floats(-8, 0))
     increments_LTn = torch.randn(draw(st.integers(1, 3)), rows, size, generator=generator, dtype=torch.float64) * scale
     gram_LTT = delta_gram(increments_LTn @ increments_LTn.transpose(1, 2))
-    figures = describe(gram_LTT, steps, rank=1)
+    window = Window([str(i) for i in range(len(gram_LTT))], steps, gram_LTT)
+    figures = describe(window)
     methods = draw(st.lists(st.sampled_from(["relex", "anchored", "two-point", "poly"]), min_size=1, unique=True))
     return {
-        "backtests": {method: metrics.half_backtest(gram_LTT, steps, method, 1) for method in methods},
+        "backtests": {method: half_backtest(window, method) for method in methods},
         "drift": figures["drift"].nanmean().item(),
         "agreement": split_half_agreement(gram_LTT).nanmean().item(),
     }

@@ -12,7 +12,7 @@ from relex_verl.maths.extrapolators import Prediction
 from relex_verl.run.config import ConfigError
 from relex_verl.run.output import RESULTS, OutputFolder
 from relex_verl.run.validation import Validation
-from relex_verl.trajectory.store import TrajectoryError
+from relex_verl.trajectory.index import TrajectoryError
 
 RUN = {"base model": "base", "project": "p", "experiment": "e"}
 

@@ -7,7 +7,7 @@ import pytest
 
 from relex_verl.run.protocol import Answer
 from relex_verl.run.ranks import Ranks, RelexError
-from relex_verl.trajectory.store import TrajectoryError
+from relex_verl.trajectory.index import TrajectoryError
 
 
 def ranks(*answers: Answer) -> Ranks:

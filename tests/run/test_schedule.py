@@ -39,11 +39,11 @@ def test_a_run_is_cut_until_it_ends() -> None:
 
 def test_each_kind_has_its_own_rows() -> None:
     both = schedule(100, t_cut=32, targets=[60])
-    assert {kind: plan.rows for kind, plan in both.plans.items()} == {"fp32": 16, "bf16": 32}
+    assert {kind: plan.rows for kind, plan in both.plans.items()} == {"fp32-int8": 16, "bf16": 32}
     both.follow("bf16")
     assert both.plan == both.plans["bf16"]
     assert schedule(100, trajectory="bf16").plans.keys() == {"bf16"}
-    assert schedule(100, trajectory="sketch").plans.keys() == {"sketch"}
+    assert schedule(100, trajectory="sketch").plans.keys() == {"sketch-4"}
     with pytest.raises(ConfigError, match=r"relex\.rank=20: only 16 steps are observed"):
         schedule(100, t_cut=32, targets=[60], rank=20)
 

@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from fakes import DriftingModel, RankSource
-from pipeline import PREDICTION, RUN, STEPS, train, weights_of
+from pipeline import RUN, STEPS, predicted, train, weights_of
 
 from relex_verl.maths.diagnostics import describe
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.pipeline.observer import Observer
 from relex_verl.pipeline.prediction import extrapolate
 from relex_verl.trajectory import replay
-from relex_verl.trajectory.encodings import ENCODINGS
-from relex_verl.trajectory.store import Trajectory, TrajectoryError
+from relex_verl.trajectory.index import TrajectoryError
+from relex_verl.trajectory.kinds import KINDS
+from relex_verl.trajectory.store import Trajectory
 
 
 def test_a_sketch_predicts_what_all_rows_predict(base: Path, tmp_path: Path) -> None:
@@ -22,14 +23,14 @@ def test_a_sketch_predicts_what_all_rows_predict(base: Path, tmp_path: Path) -> 
     exact, sketch = (train(tmp_path / name, base, name) for name in ("fp32-none", "sketch-4"))
     model = DriftingModel(weights_of(base))
     wrong = total = 0.0
-    for one, other in zip(exact.predicted_tensors(PREDICTION), sketch.predicted_tensors(PREDICTION), strict=True):
+    for one, other in zip(predicted(exact), predicted(sketch), strict=True):
         origin = model.base[one.name].flatten()
         wrong += float((one.data.float() - other.data.float()).square().sum())
         total += float((one.data.float() - origin).square().sum())
     assert wrong**0.5 <= 0.01 * total**0.5
-    energy, gram = sketch.energy(), exact.gram()
+    energy, gram = sketch.window().energy_L, exact.window().gram_LTT
     torch.testing.assert_close(energy, gram.diagonal(dim1=1, dim2=2).sum(1), rtol=1e-6, atol=1e-12)
-    given, true = (describe(one.gram(), STEPS, 1, one.energy()) for one in (sketch, exact))
+    given, true = (describe(one.window()) for one in (sketch, exact))
     share, exact_share = given["explained_variance"], true["explained_variance"]
     moved = exact_share.isfinite()
     assert torch.equal(share.isfinite(), moved)
@@ -49,7 +50,7 @@ def test_a_sketch_predicts_what_all_rows_predict(base: Path, tmp_path: Path) -> 
 
 def test_a_sketch_keeps_its_size(base: Path, tmp_path: Path) -> None:
     """In memory and on disk, however many steps; two files, so that a run killed while saving can go back one."""
-    model, observer = DriftingModel(weights_of(base)), Observer(tmp_path, str(base), {}, RUN, "sketch-4")
+    model, observer = DriftingModel(weights_of(base)), Observer(tmp_path, str(base), {}, RUN, KINDS["sketch-4"])
     observer.start(RankSource(model.at(0)))
     observer.open(0)
     sizes = []
@@ -72,7 +73,7 @@ def test_a_sketch_resumes_from_its_last_file(base: Path, tmp_path: Path) -> None
     model, folder = DriftingModel(weights_of(base)), tmp_path / "trajectory"
 
     def begin(step: int) -> Observer:
-        observer = Observer(folder, str(base), {}, RUN, "sketch-4")
+        observer = Observer(folder, str(base), {}, RUN, KINDS["sketch-4"])
         observer.start(RankSource(model.at(0)))
         observer.open(step)
         return observer
@@ -87,14 +88,14 @@ def test_a_sketch_resumes_from_its_last_file(base: Path, tmp_path: Path) -> None
     for step in (5, 6, 9, 10):
         resumed.observe(step, RankSource(model.at(step)))
     straight = train(tmp_path / "straight", base, "sketch-4")
-    torch.testing.assert_close(resumed.gram(), straight.gram(), rtol=1e-6, atol=1e-12)
+    torch.testing.assert_close(resumed.window().gram_LTT, straight.window().gram_LTT, rtol=1e-6, atol=1e-12)
     assert begin(2).steps == [1, 2]  # and back to the file before
     assert begin(1).steps == []
 
 
 def test_a_failed_step_of_a_sketch_ends_it(base: Path, tmp_path: Path) -> None:
     """The moments are half updated: what follows must not look as if nothing had been."""
-    model, observer = DriftingModel(weights_of(base)), Observer(tmp_path, str(base), {}, RUN, "sketch-4")
+    model, observer = DriftingModel(weights_of(base)), Observer(tmp_path, str(base), {}, RUN, KINDS["sketch-4"])
     observer.start(RankSource(model.at(0)))
     observer.open(0)
     observer.observe(1, RankSource(model.at(1)))
@@ -111,6 +112,6 @@ def test_memory_of_the_observer(base: Path, tmp_path: Path) -> None:
     """State and increments only: nothing grows beside what the encoding says."""
     observer = train(tmp_path, base, "fp32-int8")
     elements = sum(held.state.numel() for held in observer.held.values())
-    assert all(held.state.dtype == ENCODINGS["fp32-int8"].dtype for held in observer.held.values())
+    assert all(held.state.dtype == KINDS["fp32-int8"].dtype for held in observer.held.values())
     codes = sum(packed.arrays["code"].nbytes for packed in observer.collector.packed)
     assert codes <= len(STEPS) * (elements + 64 * len(observer.held))

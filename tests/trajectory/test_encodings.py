@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relex_verl.maths.extrapolators import line_hat
-from relex_verl.trajectory.encodings import ROW_ENCODINGS, PackedStep, encoding_name, quantized, sparse
+from relex_verl.trajectory.encodings import PackedStep, quantized, sparse
+from relex_verl.trajectory.kinds import KINDS, QUANTIZATIONS, kind_of
 
+ROWS = [name for name, kind in KINDS.items() if kind.keeps_rows]
 EDGES = [0.0, -0.0, 1e-30, -1e-30, 1.0, -1.0, 3.0e38, 1e-40, 0.0078125, -0.00782]
 
 
@@ -20,12 +22,12 @@ def walk(numel: int, rows: int, scale: float = 1e-4, seed: int = 0) -> list[torc
 
 def follow(name: str, states: list[torch.Tensor]) -> tuple[torch.Tensor, list, torch.Tensor]:
     """Encode a walk: final state, increments, H built row by row."""
-    encoding = ROW_ENCODINGS[name]
-    state, increments, rows = states[0].to(encoding.dtype).clone(), [], []
+    kind = KINDS[name]
+    state, increments, rows = states[0].to(kind.dtype).clone(), [], []
     for theta in states[1:]:
-        increments.append(encoding.encode(state, theta))
-        encoding.advance(state, increments[-1])
-        rows.append(encoding.dots(increments, len(theta)))
+        increments.append(kind.rows.encode(state, theta))
+        kind.rows.advance(state, increments[-1])
+        rows.append(kind.rows.dots(increments, len(theta)))
     gram = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     for t, row in enumerate(rows):
         gram[t, : t + 1] = gram[: t + 1, t] = row
@@ -52,7 +54,7 @@ def dense(name: str, states: list[torch.Tensor], increments: list) -> torch.Tens
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("name", list(ROW_ENCODINGS))
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("numel", [1, 63, 64, 65, sparse.BLOCK - 1, sparse.BLOCK + 1, 300_001])
 def test_gram_matches_dense(name: str, numel: int) -> None:
     states = walk(numel, rows=4)
@@ -62,7 +64,7 @@ def test_gram_matches_dense(name: str, numel: int) -> None:
     torch.testing.assert_close(gram, expected, rtol=1e-12, atol=1e-12 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("name", list(ROW_ENCODINGS))
+@pytest.mark.parametrize("name", ROWS)
 def test_chunks_do_not_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     states = walk(sparse.BLOCK * 3 + 17, rows=3)
     _, whole_increments, whole = follow(name, states)
@@ -71,9 +73,9 @@ def test_chunks_do_not_show(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     state, cut_increments, cut = follow(name, states)
     torch.testing.assert_close(cut, whole, rtol=1e-13, atol=0)
     coefficients = [0.5, -1.0, 2.0]
-    parts = ROW_ENCODINGS[name].accumulate(state, cut_increments, coefficients)
+    parts = KINDS[name].accumulate(state, cut_increments, coefficients)
     monkeypatch.undo()
-    assert torch.equal(parts, ROW_ENCODINGS[name].accumulate(state, whole_increments, coefficients))
+    assert torch.equal(parts, KINDS[name].accumulate(state, whole_increments, coefficients))
 
 
 @settings(max_examples=60, deadline=None)
@@ -92,19 +94,19 @@ def test_bf16_replay_is_exact_to_the_bit(rows: list[tuple[float, float, float]])
     torch.testing.assert_close(row, torch.stack([last @ first, last @ last]), rtol=1e-12, atol=1e-300)
 
 
-@pytest.mark.parametrize("name", list(ROW_ENCODINGS))
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("offset", [1, 2, 3])
 def test_a_shard_may_begin_anywhere_in_a_block_of_states(name: str, offset: int) -> None:
     """Four bfloat16 weights are compared at a time, and a shard of odd length lets the next one begin within a word."""
-    encoding, generator = ROW_ENCODINGS[name], torch.Generator().manual_seed(offset)
-    block = torch.randn(1000 + offset, generator=generator).to(encoding.dtype)
+    kind, generator = KINDS[name], torch.Generator().manual_seed(offset)
+    block = torch.randn(1000 + offset, generator=generator).to(kind.dtype)
     state, alone = block[offset:], block[offset:].clone()
     new = alone.clone()
     new[torch.randperm(1000, generator=generator)[:40]] *= 1.01
-    increment, expected = encoding.encode(state, new), encoding.encode(alone, new)
+    increment, expected = kind.rows.encode(state, new), kind.rows.encode(alone, new)
     assert all(torch.equal(getattr(increment, one), getattr(expected, one)) for one in vars(expected))
-    encoding.advance(state, increment)
-    encoding.advance(alone, expected)
+    kind.rows.advance(state, increment)
+    kind.rows.advance(alone, expected)
     assert torch.equal(state, alone)
     assert increment.changed > 0
 
@@ -119,23 +121,23 @@ def test_signed_zero_is_kept_but_is_no_change() -> None:
 
 def replayed(name: str, origin: torch.Tensor, increments: list) -> list[torch.Tensor]:
     """The state after each increment, float64."""
-    encoding, states = ROW_ENCODINGS[name], [origin.to(ROW_ENCODINGS[name].dtype).clone()]
+    kind, states = KINDS[name], [origin.to(KINDS[name].dtype).clone()]
     for increment in increments:
         states.append(states[-1].clone())
-        encoding.advance(states[-1], increment)
+        kind.rows.advance(states[-1], increment)
     return [state.double() for state in states]
 
 
 def accumulated(name: str, states: list[torch.Tensor], weights: list[float], dtype=torch.bfloat16) -> torch.Tensor:
     """A prediction from a walk, as `relex_verl.pipeline.prediction` makes it."""
-    encoding = ROW_ENCODINGS[name]
+    kind = KINDS[name]
     last, increments, _ = follow(name, states)
-    anchor = last if encoding.anchor_is_last else states[0].to(encoding.dtype)
-    (coefficients,) = encoding.coefficients(torch.tensor([weights], dtype=torch.float64), range(len(weights))).tolist()
-    return encoding.accumulate(anchor, increments, coefficients, dtype)
+    anchor = last if kind.anchor_is_last else states[0].to(kind.dtype)
+    (coefficients,) = kind.coefficients(torch.tensor([weights], dtype=torch.float64), range(len(weights))).tolist()
+    return kind.accumulate(anchor, increments, coefficients, dtype)
 
 
-@pytest.mark.parametrize("name", list(ROW_ENCODINGS))
+@pytest.mark.parametrize("name", ROWS)
 def test_accumulate_matches_dense(name: str) -> None:
     """theta_0 + sum_t a_t (state_t - theta_0), with the states as replaying gives them."""
     states = walk(70_000, rows=5)
@@ -177,56 +179,57 @@ def test_error_feedback_keeps_the_error_at_one_row(name: str, relative: float, r
     states = walk(10_000, rows, scale=1e-5)
     state, increments, _ = follow(name, states)
     error = (state.double() - states[-1].double()).abs().max().item()
-    assert error <= ROW_ENCODINGS[name].error_bound(increments[-1])
+    assert error <= KINDS[name].rows.error_bound(increments[-1])
     one_row = (states[-1] - states[-2]).double()
     assert (state.double() - states[-1].double()).norm() <= relative * one_row.norm() + 1e-6
 
 
-@pytest.mark.parametrize("name", list(ROW_ENCODINGS))
+@pytest.mark.parametrize("name", ROWS)
 def test_no_change_costs_nothing_and_is_nothing(name: str) -> None:
     theta = walk(1000, 0)[0]
-    encoding = ROW_ENCODINGS[name]
-    state = theta.to(encoding.dtype).clone()
-    increment = encoding.encode(state, theta)
+    kind = KINDS[name]
+    state = theta.to(kind.dtype).clone()
+    increment = kind.rows.encode(state, theta)
     assert increment.changed == 0
-    assert encoding.dots([increment], 1000).tolist() == [0.0]
-    encoding.advance(state, increment)
-    assert torch.equal(state, theta.to(encoding.dtype))
+    assert kind.rows.dots([increment], 1000).tolist() == [0.0]
+    kind.rows.advance(state, increment)
+    assert torch.equal(state, theta.to(kind.dtype))
 
 
-@pytest.mark.parametrize("name", list(ROW_ENCODINGS))
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(name: str, poison: float) -> None:
     theta = walk(100, 0)[0]
     broken = theta.clone()
     broken[7] = poison
     with pytest.raises(ValueError, match="not finite"):
-        ROW_ENCODINGS[name].encode(theta.to(ROW_ENCODINGS[name].dtype), broken)
+        KINDS[name].rows.encode(theta.to(KINDS[name].dtype), broken)
 
 
-@pytest.mark.parametrize("name", list(ROW_ENCODINGS))
+@pytest.mark.parametrize("name", ROWS)
 def test_memory_of_a_row(name: str) -> None:
     """What `row_bytes` promises is what a packed row takes (within the 64-element groups and 65,536-element blocks)."""
     states = walk(1_000_000, rows=1, scale=1e-5)
     _, increments, _ = follow(name, states)
-    packed = PackedStep.pack(ROW_ENCODINGS[name].part, increments, torch.zeros(1, 1, dtype=torch.float64))
+    packed = PackedStep.pack(KINDS[name].part, increments, torch.zeros(1, 1, dtype=torch.float64))
     rate = increments[0].changed / 1_000_000
-    assert packed.nbytes <= 1.02 * 1_000_000 * ROW_ENCODINGS[name].row_bytes(rate) + 1000
+    assert packed.nbytes <= 1.02 * 1_000_000 * KINDS[name].row_bytes(rate) + 1000
 
 
-@pytest.mark.parametrize("name", list(ROW_ENCODINGS))
+@pytest.mark.parametrize("name", ROWS)
 def test_pack_and_unpack(name: str) -> None:
-    encoding = ROW_ENCODINGS[name]
+    kind = KINDS[name]
     increments = []
     for numel in (1, 0, 70_001, 64):
         old, new = walk(numel, rows=1)
-        increments.append(encoding.encode(old.to(encoding.dtype), new))
-    packed = PackedStep.pack(encoding.part, increments, torch.ones(4, 1, dtype=torch.float64))
+        increments.append(kind.rows.encode(old.to(kind.dtype), new))
+    packed = PackedStep.pack(kind.part, increments, torch.ones(4, 1, dtype=torch.float64))
     for i, increment in enumerate(increments):
         for field in increment.__dataclass_fields__:
             assert torch.equal(getattr(packed.increment(i), field), getattr(increment, field))
 
 
-def test_names() -> None:
-    assert encoding_name("bf16", "int8") == "bf16"
-    assert {encoding_name("fp32", bits) for bits in ("int8", "int4", "none")} < set(ROW_ENCODINGS)
+def test_settings_name_a_kind() -> None:
+    assert kind_of("bf16", "int8").name == "bf16"
+    assert {kind_of("fp32", bits).name for bits in QUANTIZATIONS} < set(KINDS)
+    assert kind_of("sketch", "int8", 3).size == 3

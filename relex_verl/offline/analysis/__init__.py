@@ -10,11 +10,10 @@ from relex_verl.offline.analysis.alignment import (
     align_reconstruction,
 )
 from relex_verl.offline.analysis.predictions import sweep, write_prediction
-from relex_verl.offline.analysis.windows import Window, backtests, observed_until, reconstruct, spread, window
+from relex_verl.offline.analysis.windows import backtests, observed_until, reconstruct, spread, window
 
 __all__ = [
     "Alignment",
-    "Window",
     "align_checkpoints",
     "align_observed",
     "align_reconstruction",

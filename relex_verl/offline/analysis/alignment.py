@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from relex_verl.maths.extrapolators import Prediction, fit_weights, top_eigenvectors
+from relex_verl.maths.window import Window
 from relex_verl.offline.analysis.windows import observed_until
 from relex_verl.offline.ingest import Checkpoint, Found, IngestError
-from relex_verl.pipeline.prediction import check_method
 from relex_verl.trajectory import replay
 from relex_verl.trajectory.store import Trajectory
 
@@ -38,20 +38,20 @@ class Alignment:
     model_ratio: float
 
 
-def align_reconstruction(gram_LTT: torch.Tensor, steps: Sequence[int], rank: int = 1) -> list[Alignment]:
-    """How well rank r gives back each observed row t (Figure 6, "reconstruction"), from G (L, T, T) alone.
+def align_reconstruction(window: Window, rank: int = 1) -> list[Alignment]:
+    """How well rank r gives back each observed row t (Figure 6, "reconstruction"), from G alone.
 
     A projection: <delta_hat, delta_t> = |delta_hat|^2 = sum_{i<=r} sigma_i^2 u_ti^2, so cosine and norm ratio are the same.
     """
-    vectors_LTr, values_Lr = top_eigenvectors(gram_LTT, rank)
+    vectors_LTr, values_Lr = top_eigenvectors(window.gram_LTT, rank)
     held_LT = (vectors_LTr.square() * values_Lr.unsqueeze(1)).sum(-1)
-    true_LT = gram_LTT.diagonal(dim1=-2, dim2=-1)
+    true_LT = window.gram_LTT.diagonal(dim1=-2, dim2=-1)
     sums_L3T = torch.stack([held_LT, held_LT, true_LT], dim=1)
-    return [_alignment("reconstruction", step, sums_L3T[:, :, t]) for t, step in enumerate(steps)]
+    return [_alignment("reconstruction", step, sums_L3T[:, :, t]) for t, step in enumerate(window.steps)]
 
 
 def align_observed(
-    trajectory: Trajectory, cut: int, methods: Sequence[str], targets: Sequence[int], rank: int = 1, fit_from: int = 0
+    trajectory: Trajectory, cut: int, methods: Sequence[str], targets: Sequence[int], rank: int = 1, fit_from: int = 1
 ) -> list[Alignment]:
     """Predictions from the steps up to the cut against later observed steps of the same trajectory.
 
@@ -66,13 +66,15 @@ def align_observed(
     Raises:
         TrajectoryError: a sketch, which does not keep single steps.
     """
-    trajectory.row_encoding()
-    steps, gram_LTT, found = observed_until(trajectory, cut), replay.gram(trajectory), []
-    rows = len(steps)
+    trajectory.row_codec()
+    observed_until(trajectory, cut)
+    everything, found = replay.window(trajectory), []
+    gram_LTT, window = everything.gram_LTT, everything.until(cut)
+    rows = window.rows
     for target in targets:
         true = trajectory.steps.index(target)
         for method in methods:
-            weights_LT = fit_weights(gram_LTT[:, :rows, :rows], steps, target, method, rank, fit_from)
+            weights_LT = fit_weights(window, Prediction(method, target, rank, fit_from))
             inner_L = torch.einsum("lt,lt->l", weights_LT, gram_LTT[:, :rows, true])
             hat_L = torch.einsum("li,lij,lj->l", weights_LT, gram_LTT[:, :rows, :rows], weights_LT).clamp_min(0.0)
             found.append(_alignment(method, target, torch.stack([inner_L, hat_L, gram_LTT[:, true, true]], dim=1)))
@@ -85,7 +87,7 @@ def align_checkpoints(
     methods: Sequence[str],
     checkpoints: Sequence[Found],
     rank: int = 1,
-    fit_from: int = 0,
+    fit_from: int = 1,
     allow_pickle: bool = False,
     progress: Callable[[int], None] = lambda elements: None,
 ) -> list[Alignment]:
@@ -104,14 +106,14 @@ def align_checkpoints(
         allow_pickle: use checkpoints that need unpickling.
         progress: called with the elements done.
     """
-    steps, gram_LTT = observed_until(trajectory, cut), replay.gram(trajectory, cut)
-    found = []
+    observed_until(trajectory, cut)
+    window, found = replay.window(trajectory, cut), []
     for checkpoint in checkpoints:
         fits = {}
         for method in methods:
-            check_method(trajectory.encoding, Prediction(method, checkpoint.step, rank, fit_from), steps)
-            weights_LT = fit_weights(gram_LTT, steps, checkpoint.step, method, rank, fit_from)
-            fits[method] = trajectory.encoding.coefficients(weights_LT, steps).tolist()
+            prediction = Prediction(method, checkpoint.step, rank, fit_from)
+            trajectory.kind.check(prediction, window.steps[0])
+            fits[method] = trajectory.kind.coefficients(fit_weights(window, prediction), window.steps).tolist()
         with checkpoint.opened(allow_pickle) as folder:
             sums = _inner_products(trajectory, cut, fits, Checkpoint(folder, checkpoint.called), progress)
         found += [
@@ -140,7 +142,7 @@ def _inner_products(
         true_delta = truth.read(history.name, history.placement).double() - start
         for method, coefficients_LK in fits.items():
             fit = (history.anchor, history.parts, coefficients_LK[i])
-            delta = trajectory.encoding.accumulate(*fit, torch.float64) - start
+            delta = trajectory.kind.accumulate(*fit, torch.float64) - start
             products = (delta @ true_delta, delta @ delta, true_delta @ true_delta)
             sums[method][i] = [old + float(new) for old, new in zip(sums[method][i], products, strict=True)]
         progress(history.placement.numel)

@@ -60,7 +60,7 @@ def sweep(
     methods: Sequence[str],
     out: Path,
     rank: int = 1,
-    fit_from: int = 0,
+    fit_from: int = 1,
     progress: Callable[[str, int], None] = lambda title, elements: None,
 ) -> list[dict[str, Any]]:
     """Write the prediction of every method, cut and later target (paper, Table 3), and `manifest.json` that lists them.

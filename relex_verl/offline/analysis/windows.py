@@ -2,33 +2,21 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from relex_verl.maths.diagnostics import backtest_error, backtest_ratio
-from relex_verl.maths.extrapolators import METHODS, reconstruction_weights
+from relex_verl.maths.diagnostics import backtest_error, backtest_prefixes, backtest_ratio
+from relex_verl.maths.extrapolators import reconstruction_weights
+from relex_verl.maths.window import Window
 from relex_verl.pipeline.prediction import weighted_tensors
 from relex_verl.reporting.plots import Spread
 from relex_verl.trajectory import replay
+from relex_verl.trajectory.index import TrajectoryError
 from relex_verl.trajectory.shards import TensorShard
-from relex_verl.trajectory.store import Trajectory, TrajectoryError
+from relex_verl.trajectory.store import Trajectory
 
-__all__ = ["Window", "backtests", "observed_until", "reconstruct", "spread", "window"]
-
-
-class Window(NamedTuple):
-    """The rows that take part in a fit.
-
-    Attributes:
-        steps: the T real step numbers.
-        gram_LTT: G, (L, T, T); smoothed for a sketch.
-        energy_L: sum_t |delta_t|^2, (L,), for a sketch, whose G does not say it; else None.
-    """
-
-    steps: list[int]
-    gram_LTT: torch.Tensor
-    energy_L: torch.Tensor | None
+__all__ = ["backtests", "observed_until", "reconstruct", "spread", "window"]
 
 
 def observed_until(trajectory: Trajectory, cut: int | None) -> list[int]:
@@ -51,20 +39,17 @@ def observed_until(trajectory: Trajectory, cut: int | None) -> list[int]:
     return steps
 
 
-def window(trajectory: Trajectory, cut: int | None = None, fit_from: int = 0) -> Window:
+def window(trajectory: Trajectory, cut: int | None = None, fit_from: int = 1) -> Window:
     """The rows from step `fit_from` up to a cut.
 
     Raises:
         TrajectoryError: see `observed_until`; no step is left; a sketch cannot leave out steps that it holds.
     """
-    steps = observed_until(trajectory, cut)
-    skipped = sum(step < fit_from for step in steps)
-    if skipped == len(steps):
-        raise TrajectoryError(f"--fit-from {fit_from}: the last observed step up to the cut is {steps[-1]}")
-    if skipped and trajectory.is_sketch:
-        raise TrajectoryError(f"--fit-from {fit_from}: a sketch cannot leave out steps that it holds, from {steps[0]}")
-    gram_LTT = replay.gram(trajectory, cut)[:, skipped:, skipped:]
-    return Window(steps[skipped:], gram_LTT, replay.energy(trajectory, cut))
+    observed_until(trajectory, cut)
+    try:
+        return replay.window(trajectory, cut).since(fit_from)
+    except ValueError as error:
+        raise TrajectoryError(f"--fit-from {fit_from}: {error}") from error
 
 
 def spread(x: float, values: Sequence[float] | torch.Tensor, middle: str = "median") -> Spread | None:
@@ -94,19 +79,16 @@ def reconstruct(trajectory: Trajectory, step: int, rank: int, cut: int | None = 
     steps = observed_until(trajectory, cut)
     if step not in steps:
         raise TrajectoryError(f"--step {step} is not among the {len(steps)} observed steps {steps[0]} to {steps[-1]}")
-    weights_LT = reconstruction_weights(replay.gram(trajectory, cut), steps.index(step), rank)
-    histories = replay.histories(trajectory, cut)
-    return weighted_tensors(histories, trajectory.encoding, trajectory.names, steps, weights_LT)
+    rows = replay.window(trajectory, cut)
+    weights_LT = reconstruction_weights(rows, step, rank)
+    return weighted_tensors(replay.histories(trajectory, cut), trajectory.kind, rows, weights_LT)
 
 
-def backtests(
-    gram_LTT: torch.Tensor, steps: Sequence[int], methods: Sequence[str], rank: int = 1
-) -> list[dict[str, Any]]:
+def backtests(window: Window, methods: Sequence[str], rank: int = 1) -> list[dict[str, Any]]:
     """Fit on every prefix, predict the last row, compare with holding the prefix's last row; a row a method and prefix.
 
     Args:
-        gram_LTT: G, (L, T, T).
-        steps: the T real step numbers.
+        window: the rows.
         methods: names in METHODS.
         rank: r.
 
@@ -115,11 +97,11 @@ def backtests(
     """
     rows = []
     for method in methods:
-        for prefix in range(max(1, METHODS[method].min_rows), len(steps)):
-            over_tensors = spread(0.0, backtest_error(gram_LTT, steps, prefix, method, rank))
+        for prefix in backtest_prefixes(window, method):
+            over_tensors = spread(0.0, backtest_error(window, prefix, method, rank))
             if over_tensors is None:
                 continue
-            row = {"method": method, "rows": prefix, "prefix": steps[prefix - 1], "target": steps[-1]}
-            row["error"] = backtest_ratio(gram_LTT, steps, prefix, method, rank)
+            row = {"method": method, "rows": prefix, "prefix": window.steps[prefix - 1], "target": window.steps[-1]}
+            row["error"] = backtest_ratio(window, prefix, method, rank)
             rows.append({**row, "median": over_tensors.middle, "p10": over_tensors.low, "p90": over_tensors.high})
     return rows

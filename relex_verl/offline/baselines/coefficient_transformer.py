@@ -20,10 +20,12 @@ import torch
 from torch import nn
 
 from relex_verl.maths.extrapolators import top_eigenvectors
+from relex_verl.maths.window import Window
 from relex_verl.pipeline.prediction import weighted_tensors
 from relex_verl.trajectory import replay
+from relex_verl.trajectory.index import TrajectoryError
 from relex_verl.trajectory.shards import TensorShard
-from relex_verl.trajectory.store import Trajectory, TrajectoryError
+from relex_verl.trajectory.store import Trajectory
 
 __all__ = ["TransformerFit", "TransformerSettings", "fit_coefficients", "transformer_tensors", "transformer_weights"]
 
@@ -126,20 +128,12 @@ def fit_coefficients(
     return TransformerFit(coefficients_LT[:, -1].double() + change_L, first, last)
 
 
-def transformer_weights(
-    gram_LTT: torch.Tensor,
-    steps: Sequence[int],
-    target: float,
-    origin: int = 0,
-    settings: TransformerSettings | None = None,
-) -> torch.Tensor:
+def transformer_weights(window: Window, target: float, settings: TransformerSettings | None = None) -> torch.Tensor:
     """a = u_1 c_hat / s_1 of every tensor, 0 where nothing moved.
 
     Args:
-        gram_LTT: G, (L, T, T) float64.
-        steps: the T observed steps.
+        window: the rows.
         target: step to predict.
-        origin: the step of theta_0.
         settings: the defaults when None.
 
     Returns:
@@ -148,9 +142,9 @@ def transformer_weights(
     Raises:
         ValueError: as `fit_coefficients`.
     """
-    vectors_LT1, values_L1 = top_eigenvectors(gram_LTT, rank=1)
+    vectors_LT1, values_L1 = top_eigenvectors(window.gram_LTT, rank=1)
     sigma_L1, vectors_LT = values_L1.sqrt(), vectors_LT1.squeeze(-1)
-    fit = fit_coefficients(vectors_LT * sigma_L1, steps, target, origin, settings)
+    fit = fit_coefficients(vectors_LT * sigma_L1, window.steps, target, window.origin_step, settings)
     weights_LT = vectors_LT * fit.coefficients_L.unsqueeze(1) / sigma_L1
     return torch.where(sigma_L1 > 0, weights_LT, 0.0)
 
@@ -176,10 +170,10 @@ def transformer_tensors(
     steps = trajectory.steps_until(cut)
     if len(steps) < MIN_ROWS:
         raise TrajectoryError(f"the Transformer needs {MIN_ROWS} observed steps up to {cut}, there are {steps}")
-    gram_LTT = replay.gram(trajectory, cut)
-    weights_LT = transformer_weights(gram_LTT, steps, target, trajectory.window.origin_step, settings)
-    histories = replay.histories(trajectory, cut)
-    return weighted_tensors(histories, trajectory.row_encoding(), trajectory.names, steps, weights_LT)
+    trajectory.row_codec()
+    window = replay.window(trajectory, cut)
+    weights_LT = transformer_weights(window, target, settings)
+    return weighted_tensors(replay.histories(trajectory, cut), trajectory.kind, window, weights_LT)
 
 
 def _train(network: _NextSpeed, speeds_LT: torch.Tensor, settings: TransformerSettings) -> tuple[float, float]:

@@ -28,8 +28,9 @@ from torch import nn
 
 from relex_verl.offline.baselines.rank_one import RankOne, differences, same_sign
 from relex_verl.offline.baselines.whole_tensors import WholeTensors, is_attention_or_mlp_matrix
+from relex_verl.trajectory.index import TrajectoryError
 from relex_verl.trajectory.shards import TensorShard
-from relex_verl.trajectory.store import Trajectory, TrajectoryError
+from relex_verl.trajectory.store import Trajectory
 
 __all__ = ["NextFit", "NextSettings", "fit_next", "next_tensors"]
 

@@ -12,8 +12,9 @@ import torch
 
 from relex_verl.pipeline.prediction import weighted_tensors
 from relex_verl.trajectory import replay
+from relex_verl.trajectory.index import TrajectoryError
 from relex_verl.trajectory.shards import TensorShard
-from relex_verl.trajectory.store import Trajectory, TrajectoryError
+from relex_verl.trajectory.store import Trajectory
 
 __all__ = ["is_norm", "two_point_factor", "weight_extrapolation", "weight_extrapolation_weights"]
 
@@ -89,8 +90,8 @@ def weight_extrapolation(
         ValueError: `first` is not before the last observed step.
         TrajectoryError: `first` was not observed, or nothing was up to the cut.
     """
-    origin, steps = trajectory.window.origin_step, trajectory.steps_until(cut)
-    start = origin if first is None else first
-    weights_LT = weight_extrapolation_weights(trajectory.names, steps, start, target, copy_norms, origin)
-    histories = replay.histories(trajectory, cut)
-    return weighted_tensors(histories, trajectory.row_encoding(), trajectory.names, steps, weights_LT)
+    trajectory.row_codec()
+    window = replay.window(trajectory, cut)
+    start = window.origin_step if first is None else first
+    weights_LT = weight_extrapolation_weights(window.names, window.steps, start, target, copy_norms, window.origin_step)
+    return weighted_tensors(replay.histories(trajectory, cut), trajectory.kind, window, weights_LT)

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from relex_verl.trajectory.index import TrajectoryError
 from relex_verl.trajectory.shards import Placement, TensorShard, whole
-from relex_verl.trajectory.store import Origin, Trajectory, TrajectoryError
+from relex_verl.trajectory.store import Origin, Trajectory
 
 __all__ = ["WholeTensors", "is_attention_or_mlp_matrix"]
 
@@ -53,7 +54,7 @@ class WholeTensors:
         Raises:
             TrajectoryError: no step up to the cut, or a file is missing.
         """
-        trajectory.row_encoding()  # a sketch has no single steps
+        trajectory.row_codec()  # a sketch has no single steps
         self.trajectory, self.origin_step = trajectory, trajectory.window.origin_step
         self.steps = trajectory.steps_until(cut)
         self.shapes = {name: tuple(shape) for name, shape in trajectory.index.tensors.items()}
@@ -69,14 +70,14 @@ class WholeTensors:
     def states(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """theta_t of one tensor at the origin and at every observed step, in order: (step, tensor of its full shape).
 
-        Each tensor is a new one, in the encoding's dtype. Memory: two copies of the tensor, besides what the caller keeps.
+        Each tensor is a new one, in the kind's dtype. Memory: two copies of the tensor, besides what the caller keeps.
         """
         holders = [rank for rank in self._ranks if name in rank.placements]
         pieces = [rank.origin[name].clone() for rank in holders]  # they may be views of a memory-mapped file
         yield self.origin_step, self._joined(name, holders, pieces)
         for t, step in enumerate(self.steps):
             for rank, piece in zip(holders, pieces, strict=True):
-                self.trajectory.row_encoding().advance(piece, rank.packed[t].increment(rank.position[name]))
+                self.trajectory.row_codec().advance(piece, rank.packed[t].increment(rank.position[name]))
             yield step, self._joined(name, holders, pieces)
 
     def state(self, name: str, step: int) -> torch.Tensor:
@@ -95,7 +96,7 @@ class WholeTensors:
         return TensorShard(name, self.shapes[name], whole(self.shapes[name]), tensor.flatten())
 
     def _joined(self, name: str, holders: list[_Rank], pieces: list[torch.Tensor]) -> torch.Tensor:
-        full = torch.empty(prod(self.shapes[name]), dtype=self.trajectory.encoding.dtype)
+        full = torch.empty(prod(self.shapes[name]), dtype=self.trajectory.kind.dtype)
         for rank, piece in zip(holders, pieces, strict=True):
             for local, start, length in rank.placements[name].runs():
                 full[start : start + length] = piece[local : local + length]

@@ -26,10 +26,11 @@ from relex_verl.offline.ingest.layout import Checkpoint, Layout, check_same_orig
 from relex_verl.offline.ingest.source import CheckpointSource
 from relex_verl.pipeline.observer import Observation, Observer
 from relex_verl.trajectory.collectors import RowCollector
-from relex_verl.trajectory.encodings import encoding_name
 from relex_verl.trajectory.hf_checkpoint import resolve_model
+from relex_verl.trajectory.index import step_ranges
+from relex_verl.trajectory.kinds import QUANTIZATIONS, Kind, kind_of
 from relex_verl.trajectory.parallel import all_processors
-from relex_verl.trajectory.store import Trajectory, step_ranges
+from relex_verl.trajectory.store import Trajectory
 
 __all__ = [
     "Checkpoint",
@@ -46,7 +47,6 @@ __all__ = [
 ]
 
 TRAJECTORIES = ("auto", "bf16", "fp32")
-QUANTIZATIONS = ("auto", "int8", "int4", "none")
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,19 @@ class Options:
     def __post_init__(self) -> None:
         for option, value, known in (
             ("--trajectory", self.trajectory, TRAJECTORIES),
-            ("--quantization", self.quantization, QUANTIZATIONS),
+            ("--quantization", self.quantization, ("auto", *QUANTIZATIONS)),
         ):
             if value not in known:
                 raise IngestError(f"{option} {value}: give one of {', '.join(known)}")
 
-    def encoding(self, layout: Layout, checkpoint: Path, begun: str | None) -> str:
-        """The encoding for checkpoints of this layout, of which one is given; `begun` is that of the steps before them.
+    def kind(self, layout: Layout, checkpoint: Path, begun: Kind | None) -> Kind:
+        """The kind for checkpoints of this layout, of which one is given; `begun` is that of the steps before them.
 
         Raises:
             IngestError: they would be rounded because those before them were bfloat16.
         """
         trajectory, quantization = self.trajectory, self.quantization
-        if begun == "bf16" and trajectory == "auto" and not layout.exact_in_bf16:
+        if begun is not None and begun.trajectory == "bf16" and trajectory == "auto" and not layout.exact_in_bf16:
             raise IngestError(
                 "the steps recorded before are bfloat16, these checkpoints are not: checkpoints of one run must have one "
                 "type; convert them, leave some out with --steps, or round them with --trajectory bf16"
@@ -95,13 +95,12 @@ class Options:
             trajectory = "bf16" if layout.exact_in_bf16 else "fp32"
         if quantization == "auto":
             quantization = "none" if _is_checkout(checkpoint) else "int8"
-        return encoding_name(trajectory, quantization)
+        return kind_of(trajectory, quantization)
 
-    def allow(self, encoding: str) -> bool:
-        """Whether a trajectory that was begun in this encoding may be gone on with."""
-        trajectory, _, quantization = encoding.partition("-")
-        return self.trajectory in ("auto", trajectory) and (
-            trajectory == "bf16" or self.quantization in ("auto", quantization)
+    def allow(self, kind: Kind) -> bool:
+        """Whether a trajectory that was begun as this kind may be gone on with."""
+        return self.trajectory in ("auto", kind.trajectory) and (
+            kind.quantization is None or self.quantization in ("auto", kind.quantization)
         )
 
 
@@ -145,8 +144,8 @@ def ingest(
         layout = _common_layout(base, first, found, todo[0], options.allow_pickle)
         if begun is None and not options.any_base:
             check_same_origin(base, first, list(layout.shapes))
-        encoding = options.encoding(layout, folder, begun.index.encoding if begun else None)
-        observer = Observer(out, base_model, layout.aliases, {"ingested_from": source}, encoding)
+        kind = options.kind(layout, folder, begun.kind if begun else None)
+        observer = Observer(out, base_model, layout.aliases, {"ingested_from": source}, kind)
         with _nothing_half_written(out, observer), all_processors() as threads:
             _rows(observer).threads = threads
             observer.start(CheckpointSource(base.folder, layout.shapes))
@@ -251,7 +250,7 @@ def _begun(out: Path, base_model: str, source: str, options: Options) -> Traject
             raise IngestError(
                 f"--out {out} holds another trajectory ({key}: {theirs!r} there, {ours!r} here): give a new folder"
             )
-    if not options.allow(there.index.encoding):
+    if not options.allow(there.kind):
         raise IngestError(f"--out {out} holds another trajectory (encoding {there.index.encoding}): give a new folder")
     return there if there.steps else None
 

@@ -7,15 +7,11 @@ calls them (`Observer`) does the communication and the writing in between.
 from relex_verl.trajectory.collectors.collector import Collector, Held, Taken
 from relex_verl.trajectory.collectors.rows import RowCollector
 from relex_verl.trajectory.collectors.sketched import SketchCollector
-from relex_verl.trajectory.encodings import ENCODINGS, RowEncoding, SketchEncoding
+from relex_verl.trajectory.kinds import Kind
 
 __all__ = ["Collector", "Held", "RowCollector", "SketchCollector", "Taken", "collector_of"]
 
 
-def collector_of(encoding: str) -> Collector:
-    """The collector of an encoding."""
-    kind = ENCODINGS[encoding]
-    if isinstance(kind, RowEncoding):
-        return RowCollector(kind)
-    assert isinstance(kind, SketchEncoding)
-    return SketchCollector(kind)
+def collector_of(kind: Kind) -> Collector:
+    """The collector of a kind of trajectory."""
+    return RowCollector(kind) if kind.keeps_rows else SketchCollector(kind)

@@ -1,11 +1,12 @@
 """The interface of collectors, and what goes in and out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from relex_verl.maths.window import Window
 from relex_verl.trajectory.encodings import PackedStep
 from relex_verl.trajectory.shards import Placement
 from relex_verl.trajectory.store import Trajectory
@@ -20,7 +21,7 @@ class Held:
     Attributes:
         shape: of the whole tensor.
         placement: which of its elements these are.
-        state: (n,) on the host, in the encoding's dtype: the weights at the last row; theta_0 for a sketch.
+        state: (n,) on the host, in the kind's dtype: the weights at the last row; theta_0 for a sketch.
     """
 
     shape: tuple[int, ...]
@@ -68,14 +69,16 @@ class Collector(Protocol):
     def snapshot(self) -> PackedStep[Any] | None:
         """All that is kept, to be written now; None where every step has written its own file."""
 
-    def gram(self) -> torch.Tensor:
-        """G of the steps, (L, T, T); smoothed to polynomials for a sketch."""
+    def window(self, names: Sequence[str], origin_step: int) -> Window:
+        """The rows; smoothed to polynomials for a sketch.
 
-    def energy(self) -> torch.Tensor | None:
-        """sum_t |delta_t|^2, (L,), where G is smoothed and its trace does not say it; else None."""
+        Args:
+            names: of the tensors of all ranks.
+            origin_step: the training step of theta_0.
+        """
 
     def parts(self, position: int) -> list[Any]:
-        """What `Encoding.accumulate` adds up, for the tensor at this position among those held."""
+        """What `Kind.accumulate` adds up, for the tensor at this position among those held."""
 
     def bytes_of_tensors(self) -> torch.Tensor:
         """Bytes of each tensor held, besides the states, (l,) float64; on disk the same."""

@@ -1,14 +1,16 @@
 """Every row of a window."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from relex_verl.maths.gram import append_row, delta_gram
+from relex_verl.maths.window import Window
 from relex_verl.trajectory import replay
 from relex_verl.trajectory.collectors.collector import Held, Taken
-from relex_verl.trajectory.encodings import PackedStep, Packing, RowEncoding, StoredStep
+from relex_verl.trajectory.encodings import PackedStep, Packing, StoredStep
+from relex_verl.trajectory.kinds import Kind
 from relex_verl.trajectory.parallel import in_order
 from relex_verl.trajectory.store import Trajectory
 
@@ -23,8 +25,9 @@ class RowCollector:
             as files do.
     """
 
-    def __init__(self, encoding: RowEncoding) -> None:
-        self.encoding = encoding
+    def __init__(self, kind: Kind) -> None:
+        assert kind.rows is not None
+        self.kind, self.codec = kind, kind.rows
         self.threads = 1
         self.held: dict[str, Held] = {}
         self.steps: list[int] = []
@@ -47,9 +50,7 @@ class RowCollector:
 
     def take(self, step: int, shards: Iterator[tuple[int, Held, torch.Tensor]]) -> Taken:
         """See `Collector`; k = T + 1, the new row of H."""
-        packing: Packing[Any] = Packing(
-            self.encoding.part, self.encoding.sizes([len(h.state) for h in self.held.values()])
-        )
+        packing: Packing[Any] = Packing(self.kind.part, self.codec.sizes([len(h.state) for h in self.held.values()]))
         row_lT = torch.zeros(len(self.held), len(self.packed) + 1, dtype=torch.float64)
         changed_l = torch.zeros(len(self.held), dtype=torch.float64)
         items = ((i, held, data, self.parts(i)) for i, held, data in shards)
@@ -61,8 +62,8 @@ class RowCollector:
 
     def _look(self, item: tuple[int, Held, torch.Tensor, list[Any]]) -> tuple[int, Any, torch.Tensor, int]:
         i, held, data, before = item
-        increment = self.encoding.encode(held.state, data)
-        return i, increment, self.encoding.dots([*before, increment], len(held.state), data.device), increment.changed
+        increment = self.codec.encode(held.state, data)
+        return i, increment, self.codec.dots([*before, increment], len(held.state), data.device), increment.changed
 
     def keep(self, step: int, figures_Lk: torch.Tensor) -> None:
         """See `Collector`."""
@@ -72,7 +73,7 @@ class RowCollector:
         self.packed.append(taken)
         self.steps.append(step)
         states = enumerate(held.state for held in self.held.values())
-        for _ in in_order(lambda one: self.encoding.advance(one[1], taken.increment(one[0])), states, self.threads):
+        for _ in in_order(lambda one: self.codec.advance(one[1], taken.increment(one[0])), states, self.threads):
             pass
 
     def leave_to_disk(self, trajectory: Trajectory, rank: int) -> None:
@@ -86,13 +87,9 @@ class RowCollector:
         """See `Collector`."""
         return
 
-    def gram(self) -> torch.Tensor:
+    def window(self, names: Sequence[str], origin_step: int) -> Window:
         """See `Collector`."""
-        return delta_gram(self.increment_gram_LTT)
-
-    def energy(self) -> None:
-        """See `Collector`."""
-        return
+        return Window(names, list(self.steps), delta_gram(self.increment_gram_LTT), origin_step)
 
     def parts(self, position: int) -> list[Any]:
         """See `Collector`."""

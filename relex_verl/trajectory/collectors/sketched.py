@@ -1,14 +1,16 @@
 """A sketch of all rows of a window, in memory that does not grow with it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from relex_verl.maths.sketch import interval, legendre, lifted_gram, rebase
+from relex_verl.maths.window import Window
 from relex_verl.trajectory import replay
 from relex_verl.trajectory.collectors.collector import Held, Taken
-from relex_verl.trajectory.encodings import PackedStep, SketchEncoding
+from relex_verl.trajectory.encodings import PackedStep
+from relex_verl.trajectory.kinds import Kind
 from relex_verl.trajectory.store import Trajectory
 
 __all__ = ["SketchCollector"]
@@ -23,18 +25,18 @@ class SketchCollector:
     A step that fails half-way leaves the moments half updated: nothing after it is accepted (what is on disk is whole).
     """
 
-    def __init__(self, encoding: SketchEncoding) -> None:
-        self.encoding = encoding
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
         self.held: dict[str, Held] = {}
         self.steps: list[int] = []
         self._moments: PackedStep[Any] | None = None  # tensor by tensor, r moments each
-        self._own_gram_lrr = self._gram_Lrr = torch.zeros(0, encoding.size, encoding.size, dtype=torch.float64)
+        self._own_gram_lrr = self._gram_Lrr = torch.zeros(0, kind.size, kind.size, dtype=torch.float64)
         self._own_energy_lT = self._energy_LT = torch.zeros(0, 0, dtype=torch.float64)
         self._torn = False
 
     def begin(self, held: dict[str, Held], tensors: int) -> None:
         """See `Collector`."""
-        size = self.encoding.size
+        size = self.kind.size
         self.held, self.steps, self._torn = held, [], False
         numel = [one.placement.numel for one in held.values()]
         arrays = {
@@ -42,17 +44,17 @@ class SketchCollector:
             "sizes": torch.tensor([[n] for n in numel for _ in range(size)], dtype=torch.int64).view(-1, 1),
             "gram_row": torch.zeros(0, 0, dtype=torch.float64),
         }
-        self._moments = PackedStep(self.encoding.part, arrays)
+        self._moments = PackedStep(self.kind.part, arrays)
         self._own_energy_lT = torch.zeros(len(held), 0, dtype=torch.float64)
         self._energy_LT = torch.zeros(tensors, 0, dtype=torch.float64)
 
     def resume(self, trajectory: Trajectory, rank: int, step: int) -> None:
         """See `Collector`."""
-        self.steps, size = trajectory.steps_until(step), self.encoding.size
+        self.steps, size = trajectory.steps_until(step), self.kind.size
         stored = trajectory.load(rank, self.steps[-1])
         # Not the mapped file: they are written to.
         arrays = {name: array.clone() for name, array in stored.arrays.items()}
-        self._moments = PackedStep(self.encoding.part, arrays)
+        self._moments = PackedStep(self.kind.part, arrays)
         own = arrays["gram_row"]
         self._own_gram_lrr, self._own_energy_lT = own[:, : size**2].view(-1, size, size), own[:, size**2 :]
         self._gram_Lrr, self._energy_LT = replay.sketched(trajectory, step)
@@ -62,7 +64,7 @@ class SketchCollector:
         if self._torn:
             raise RuntimeError("an earlier step was sketched half-way: resume from the trajectory on disk")
         self._torn = True
-        size, first = self.encoding.size, (self.steps or [step])[0]
+        size, first = self.kind.size, (self.steps or [step])[0]
         length = interval(first, step)
         before = interval(first, self.steps[-1]) if self.steps else length
         change = rebase(before, length, size) if length != before else None
@@ -77,7 +79,7 @@ class SketchCollector:
 
     def keep(self, step: int, figures_Lk: torch.Tensor) -> None:
         """See `Collector`."""
-        size = self.encoding.size
+        size = self.kind.size
         self._gram_Lrr = figures_Lk[:, :-1].reshape(-1, size, size)
         self._energy_LT = torch.cat([self._energy_LT, figures_Lk[:, -1:]], dim=1)
         self.steps.append(step)
@@ -91,24 +93,21 @@ class SketchCollector:
         self._moments.arrays["gram_row"] = torch.cat([self._own_gram_lrr.flatten(1), self._own_energy_lT], dim=1)
         return self._moments
 
-    def gram(self) -> torch.Tensor:
+    def window(self, names: Sequence[str], origin_step: int) -> Window:
         """See `Collector`."""
-        return lifted_gram(self._gram_Lrr, self.steps)
-
-    def energy(self) -> torch.Tensor:
-        """See `Collector`."""
-        return self._energy_LT.sum(dim=1)
+        gram_LTT, energy_L = lifted_gram(self._gram_Lrr, self.steps), self._energy_LT.sum(dim=1)
+        return Window(names, list(self.steps), gram_LTT, origin_step, energy_L)
 
     def parts(self, position: int) -> list[Any]:
         """See `Collector`."""
         assert self._moments is not None
-        size = self.encoding.size
+        size = self.kind.size
         return [self._moments.increment(size * position + j) for j in range(size)]
 
     def bytes_of_tensors(self) -> torch.Tensor:
         """See `Collector`."""
         assert self._moments is not None
-        return self._moments.bytes_of_tensors().double().view(-1, self.encoding.size).sum(dim=1)
+        return self._moments.bytes_of_tensors().double().view(-1, self.kind.size).sum(dim=1)
 
 
 def _add_row(

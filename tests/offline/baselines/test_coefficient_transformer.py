@@ -3,6 +3,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from oracle import window_of
 from recorded import by_name, moved, random_weights, rank_one_directions, record
 
 from relex_verl.offline.baselines.coefficient_transformer import (
@@ -11,7 +12,7 @@ from relex_verl.offline.baselines.coefficient_transformer import (
     transformer_tensors,
     transformer_weights,
 )
-from relex_verl.trajectory.store import TrajectoryError
+from relex_verl.trajectory.index import TrajectoryError
 
 SETTINGS = TransformerSettings(width=16, epochs=60, learning_rate=3e-3)
 SLOPES = torch.tensor([[1.0], [-2.0], [1e-6], [0.0]], dtype=torch.float64)
@@ -87,7 +88,7 @@ def test_weights_give_c_hat_along_v1():
     deltas[1] = 0
     gram = torch.from_numpy(deltas @ deltas.transpose(0, 2, 1))
     steps, brief = [1, 2, 3, 4, 5], replace(SETTINGS, epochs=5)
-    weights = transformer_weights(gram, steps, 8, settings=brief)
+    weights = transformer_weights(window_of(gram, steps), 8, brief)
     left, values, right = np.linalg.svd(deltas[0], full_matrices=False)
     coefficients = torch.from_numpy(left[:, 0] * values[0]).unsqueeze(0)
     expected = fit_coefficients(coefficients, steps, 8, settings=brief).coefficients_L.item() * right[0]

@@ -6,7 +6,7 @@ import torch
 from recorded import MATRICES, by_name, moved, random_weights, rank_one_directions, record, record_cut_up
 
 from relex_verl.offline.baselines.next_extrapolation import NextSettings, fit_next, next_tensors
-from relex_verl.trajectory.store import TrajectoryError
+from relex_verl.trajectory.index import TrajectoryError
 
 # A network's middle layer is as wide as its vectors are long: it needs some length to tell several matrices apart.
 SHAPES = {name: tuple(4 * size for size in shape) for name, shape in recorded.SHAPES.items()}

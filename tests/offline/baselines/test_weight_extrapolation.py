@@ -5,7 +5,7 @@ from recorded import by_name, random_weights, record
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.offline.baselines.weight_extrapolation import is_norm, two_point_factor, weight_extrapolation
 from relex_verl.pipeline.prediction import extrapolate
-from relex_verl.trajectory.store import TrajectoryError
+from relex_verl.trajectory.index import TrajectoryError
 
 BASE = random_weights(scale=0.1)
 STATES = {step: random_weights(seed=step, scale=0.1) for step in (10, 30, 70)}

@@ -3,7 +3,8 @@ import torch
 from recorded import SHAPES, by_name, random_weights, record, record_cut_up
 
 from relex_verl.offline.baselines.whole_tensors import WholeTensors, is_attention_or_mlp_matrix
-from relex_verl.trajectory.store import Trajectory, TrajectoryError
+from relex_verl.trajectory.index import TrajectoryError
+from relex_verl.trajectory.store import Trajectory
 
 BASE = random_weights(scale=0.1)
 STATES = {step: random_weights(seed=step, scale=0.1) for step in (3, 4, 9)}

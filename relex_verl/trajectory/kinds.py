@@ -1,0 +1,199 @@
+"""The kinds of trajectory: what is kept of the weights, how, what that costs, and what can be had from it again.
+
+Most keep rows: one increment of every tensor for each observed step. A sketch keeps moments of the whole window.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from relex_verl.maths.extrapolators import METHODS, Prediction, increment_coefficients
+from relex_verl.maths.sketch import SIZES, lift
+from relex_verl.trajectory.encodings import moments, quantized, sparse
+
+__all__ = ["KINDS", "QUANTIZATIONS", "TRAJECTORIES", "Kind", "RowCodec", "kind_of"]
+
+# A dozen float32 rows predict as well as sixty (measured, README); 16 leave some for the diagnostics.
+AUTO_ROWS = 16
+TRAJECTORIES = ("fp32", "bf16", "sketch")
+QUANTIZATIONS = ("int8", "int4", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowCodec:
+    """How single rows are kept: as increments from one row to the next. The state is the last row.
+
+    Attributes:
+        anchor_is_last: predictions start from the last row, with c_t = w_t - 1; else from theta_0, with c = a.
+        encode: (state, new weights) -> increment; it has `changed`, the number of elements that changed.
+        advance: (state, increment) -> None, in place.
+        dots: (increments, numel, device) -> the new row of H, (t,).
+        error_bound: (increment) -> how far an element of the state can be from the weights after it.
+        sizes: (elements of each shard) -> elements of each field of their increments together, where they are known.
+    """
+
+    anchor_is_last: bool
+    encode: Callable[..., Any]
+    advance: Callable[..., None]
+    dots: Callable[..., torch.Tensor]
+    error_bound: Callable[..., float]
+    sizes: Callable[[Sequence[int]], dict[str, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """One kind of trajectory: all that anything here knows of it.
+
+    Attributes:
+        name: as index.json says it ("encoding").
+        trajectory, quantization: the settings that lead to it; no quantization where there is no choice.
+        wants_master: it follows float32 master weights, where an engine hands them out.
+        fallback: name of the kind that it becomes where there are none; None: it follows the bfloat16 weights then.
+        auto_rows: rows that `observe_every=auto` aims at up to the cut; None: every step is observed.
+        dtype: of the state and of the anchor.
+        part: type of what is kept of a shard, several of them: increments or moments.
+        coefficients: (a (L, T), steps) -> c (L, K), one for each part.
+        accumulate: (anchor, parts, c, dtype) -> predicted weights.
+        state_bytes: host memory a parameter for the state that the next step is compared with.
+        row_bytes: bytes a parameter for each row, given the share of bf16 weights that change; 0 for moments.
+        fixed_bytes: bytes a parameter that do not depend on the number of rows; 0 where rows are kept.
+        rows: how single rows are kept; None for a sketch, whose state and anchor are theta_0.
+        size: r, moments kept (`maths.sketch`); 0 where rows are.
+    """
+
+    name: str
+    trajectory: str
+    quantization: str | None = None
+    wants_master: bool = True
+    fallback: str | None = None
+    auto_rows: int | None = None
+    dtype: torch.dtype = torch.float32
+    part: type
+    coefficients: Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
+    accumulate: Callable[..., torch.Tensor]
+    state_bytes: int = 4
+    row_bytes: Callable[[float], float] = lambda change_rate: 0.0
+    fixed_bytes: int = 0
+    rows: RowCodec | None = None
+    size: int = 0
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether single rows can be had again; else they are in memory as moments, and saved with a host's checkpoint."""
+        return self.rows is not None
+
+    def spacing(self, t_cut: int) -> int:
+        """Steps between two rows that `observe_every=auto` chooses for a window of so many steps."""
+        return 1 if self.auto_rows is None else max(1, round(t_cut / self.auto_rows))
+
+    @property
+    def methods(self) -> list[str]:
+        """Names of the methods that can be predicted from it."""
+        return [
+            name
+            for name, method in METHODS.items()
+            if self.keeps_rows or (method.degree is not None and method.degree < self.size)
+        ]
+
+    def check(self, prediction: Prediction, first: int) -> None:
+        """Refuse what a sketch cannot give: it knows the steps' polynomials, no single one of them.
+
+        Args:
+            prediction: what is wanted.
+            first: the first observed step.
+
+        Raises:
+            ValueError: with the cure.
+        """
+        if self.keeps_rows:
+            return
+        if prediction.method not in self.methods:
+            raise ValueError(
+                f"{prediction.method} cannot be predicted from a sketch of size {self.size}: use {', '.join(self.methods)}"
+            )
+        if prediction.rank > self.size:
+            raise ValueError(f"rank {prediction.rank} is more than a sketch of size {self.size} holds")
+        if prediction.fit_from > first:
+            raise ValueError(
+                f"fit_from {prediction.fit_from}: a sketch cannot leave out steps that it holds, the first is {first}"
+            )
+
+
+def _from_last(weights_LT: torch.Tensor, steps: Sequence[int]) -> torch.Tensor:
+    return increment_coefficients(weights_LT)
+
+
+def _from_origin(weights_LT: torch.Tensor, steps: Sequence[int]) -> torch.Tensor:
+    return weights_LT
+
+
+def _from_moments(weights_LT: torch.Tensor, steps: Sequence[int], size: int) -> torch.Tensor:
+    return weights_LT @ lift(steps, size)
+
+
+def _quantized(quantization: str) -> Kind:
+    bits = {"int8": 8, "int4": 4, "none": 0}[quantization]
+    row_bytes = bits / 8 + 4 / quantized.GROUP if bits else 4.0
+    return Kind(
+        name=f"fp32-{quantization}",
+        trajectory="fp32",
+        quantization=quantization,
+        fallback="bf16",
+        auto_rows=AUTO_ROWS,
+        part=quantized.QuantizedIncrement,
+        coefficients=_from_origin,
+        accumulate=quantized.accumulate,
+        row_bytes=lambda change_rate: row_bytes,
+        rows=RowCodec(
+            anchor_is_last=False,
+            encode=partial(quantized.encode, bits=bits),
+            advance=quantized.advance,
+            dots=quantized.dots,
+            error_bound=quantized.error_bound,
+            sizes=partial(quantized.sizes, bits=bits),
+        ),
+    )
+
+
+def _sketch(size: int) -> Kind:
+    return Kind(
+        name=f"sketch-{size}",
+        trajectory="sketch",
+        part=moments.Moment,
+        coefficients=partial(_from_moments, size=size),
+        accumulate=moments.accumulate,
+        fixed_bytes=4 * size,
+        size=size,
+    )
+
+
+_BF16 = Kind(
+    name="bf16",
+    trajectory="bf16",
+    wants_master=False,
+    dtype=torch.bfloat16,
+    part=sparse.SparseIncrement,
+    coefficients=_from_last,
+    accumulate=sparse.accumulate,
+    state_bytes=2,
+    row_bytes=lambda change_rate: 4 * change_rate,
+    rows=RowCodec(
+        anchor_is_last=True,
+        encode=sparse.encode,
+        advance=sparse.advance,
+        dots=sparse.dots,
+        error_bound=lambda increment: 0.0,
+        sizes=lambda numels: {},  # known when the changes are
+    ),
+)
+KINDS: dict[str, Kind] = {
+    kind.name: kind for kind in (_BF16, *map(_quantized, QUANTIZATIONS), *(_sketch(size) for size in SIZES))
+}
+
+
+def kind_of(trajectory: str, quantization: str, sketch_size: int = 4) -> Kind:
+    """The kind that `relex.trajectory`, `relex.quantization` and `relex.sketch_size` name."""
+    return KINDS[{"bf16": "bf16", "fp32": f"fp32-{quantization}", "sketch": f"sketch-{int(sketch_size)}"}[trajectory]]
