@@ -167,9 +167,9 @@ def estimate(
     )
 
 
-def _ease(node: NodeEstimate) -> tuple[bool, bool, int]:
-    """Sorts nodes: first those that do not fit, last those of which nobody knows."""
-    return node.fits, node.available is None, node.spare
+def _ease(node: NodeEstimate) -> tuple[bool, int]:
+    """Sorts nodes, the tightest first; last those of which nobody knows what they have."""
+    return node.available is None, node.spare
 
 
 def _node(workload: Workload, ranks: Sequence[RankFacts]) -> NodeEstimate:
