@@ -1,5 +1,7 @@
-"""`relex-verl plan`: what following a run will cost, before a GPU is rented."""
+"""`relex-verl plan`: what following a run will cost, and whether it would be admitted, before a GPU is rented."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from math import ceil
 from typing import Annotated, Any
 
@@ -7,12 +9,23 @@ import typer
 
 from relex_verl.cli.arguments import AsJson
 from relex_verl.cli.screen import clear_errors, console, print_json
-from relex_verl.run.budget import budget, change_between_rows, traffic
+from relex_verl.run.admission import RankFacts, estimate
+from relex_verl.run.budget import (
+    CAREFUL_CHANGE_RATE,
+    TYPICAL_CHANGE_RATES,
+    Workload,
+    gib,
+    predictions_to_write,
+    traffic,
+)
 from relex_verl.run.config import RelexConfig
 
 __all__ = ["plan"]
 
-GB = 10**9
+GB = 10**9  # of a bandwidth, as vendors count
+GIB = 2**30
+BYTES = ("memory", "disk", "bytes_read", "bytes_written", "bytes_moved")
+TYPICAL = "_typical"  # ends the keys of what is usual, beside what a run reckons with
 
 
 def plan(
@@ -20,22 +33,45 @@ def plan(
     t_cut: Annotated[int, typer.Option(min=1, help="The step at which to fit.")],
     ranks: Annotated[int, typer.Option(min=1, help="Training ranks (GPUs), all nodes together.")] = 8,
     ranks_per_node: Annotated[int, typer.Option(min=1, help="Of these, how many on one node.")] = 8,
+    tensors: Annotated[
+        int,
+        typer.Option(min=0, help="Weight tensors of the model; the default is that of an 8B model, 36 layers of 11."),
+    ] = 400,
     trajectory: Annotated[str, typer.Option(help="fp32, bf16 or sketch, as relex.trajectory.")] = "fp32",
     quantization: Annotated[str, typer.Option(help="int8, int4 or none, as relex.quantization.")] = "int8",
     sketch_size: Annotated[int, typer.Option(help="As relex.sketch_size.")] = 4,
     observe_every: Annotated[str, typer.Option(help="auto or a number of steps, as relex.observe_every.")] = "auto",
     change_rate: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the bf16 weights that change a step; RL: 0.005 to 0.03.")
-    ] = 0.01,
-    targets: Annotated[int, typer.Option(min=0, help="Predicted checkpoints to write.")] = 1,
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of the bf16 weights that change a step; RL: 0.005 to 0.03. A run is admitted at 0.03, whatever is "
+            "given here.",
+        ),
+    ] = CAREFUL_CHANGE_RATE,
+    targets: Annotated[
+        int,
+        typer.Option(min=0, help="Configured predictions (methods x targets); the search may add one, also counted."),
+    ] = 1,
+    optimizer_offload: Annotated[
+        bool, typer.Option("--optimizer-offload", help="The training keeps the optimizer's state on the host.")
+    ] = False,
+    memory_gib: Annotated[
+        float | None,
+        typer.Option(min=0, help="Host memory of a node that is free before the first step, GiB: would the run fit?"),
+    ] = None,
+    disk_gib: Annotated[
+        float | None, typer.Option(min=0, help="Disk that is free at relex.output_dir, GiB: would the run fit?")
+    ] = None,
     bandwidth_memory: Annotated[float, typer.Option(min=0.001, help="Host memory of a node, GB/s.")] = 200.0,
     bandwidth_disk: Annotated[float, typer.Option(min=0.001, help="Disk of a node, GB/s.")] = 1.0,
     as_json: AsJson = False,
 ) -> None:
-    """Memory, disk and time of following a run, from its size alone.
+    """Memory, disk and time of following a run, from its size alone; with --memory-gib, whether it would be admitted.
 
-    Times are bytes divided by the bandwidths that you give: a lower bound for host memory and disk. On GPUs the increments
-    are computed on the device.
+    A run decides by the same rule, with the memory and disk that it finds. Times are bytes divided by the bandwidths that
+    you give: a lower bound for host memory and disk. On GPUs the increments are computed on the device.
     """
     with clear_errors():
         if not params >= 1:
@@ -49,48 +85,104 @@ def plan(
                 "observe_every": int(observe_every) if observe_every.isdigit() else observe_every,
             }
         )
+        workload = _workload(config, tensors, targets)
         per_node = min(ranks, ranks_per_node)
-        facts = _estimate(round(params), ranks, per_node, config, change_rate, targets)
-    nodes = ceil(ranks / per_node)
-    memory_bandwidth, disk_bandwidth = bandwidth_memory * GB / per_node, bandwidth_disk * GB * nodes
-    seconds = {
-        "seconds_an_observed_step": facts["bytes_read_a_step_a_rank"] / memory_bandwidth
-        + facts["bytes_written_a_step"] / disk_bandwidth,
-        "seconds_a_prediction": facts["bytes_moved_a_prediction_a_rank"] / memory_bandwidth
-        + 2 * params / disk_bandwidth,
+        facts = _ranks(round(params), ranks, per_node, memory_gib, optimizer_offload)
+    shown = replace(workload, change_rate=change_rate)
+    bandwidths = bandwidth_memory * GB / per_node, bandwidth_disk * GB * ceil(ranks / per_node)
+    found = {
+        **_costs(shown, facts),
+        **_typical(shown, facts),
+        **_times(shown, facts, *bandwidths),
+        # By the run's own assumptions: a smaller --change-rate is no promise that it keeps.
+        **_decision(workload, facts, disk_gib),
     }
     if as_json:
-        print_json({**facts, **seconds})
+        print_json(found)
         return
-    for key, value in {**facts, **seconds}.items():
-        console.print(f"[bold]{key.replace('_', ' ')}[/]: {_shown(key, value)}", highlight=False)
+    found["admitted"] = _answer(found.pop("admitted"), found.pop("refusal"), memory_gib, disk_gib)
+    for key, value in found.items():
+        console.print(f"[bold]{_title(key)}[/]: {_shown(key, value)}", highlight=False)
 
 
-def _estimate(
-    params: int, ranks: int, per_node: int, config: RelexConfig, change_rate: float, targets: int
-) -> dict[str, Any]:
+def _workload(config: RelexConfig, tensors: int, targets: int) -> Workload:
+    """What a run with this configuration keeps, by the assumptions that it is admitted with."""
     resolved = config.plan(int(config.t_cut) + 1)
-    mine = ceil(params / ranks)
-    rate = change_between_rows(change_rate, resolved.observe_every)
-    need = budget(config.kind, mine, params, resolved.rows, targets, rate)
-    moved = traffic(config.kind, mine, resolved.rows, rate)
+    return Workload(config.kind, tensors, resolved.rows, resolved.observe_every, predictions_to_write(targets))
+
+
+def _ranks(params: int, ranks: int, per_node: int, memory_gib: float | None, on_host: bool) -> list[RankFacts]:
+    """The parameters, shared out evenly."""
+    available = None if memory_gib is None else int(memory_gib * GIB)
+    each, left = divmod(params, ranks)
+    return [RankFacts(str(i // per_node), each + (i < left), available, on_host) for i in range(ranks)]
+
+
+def _costs(workload: Workload, ranks: Sequence[RankFacts]) -> dict[str, Any]:
+    need = estimate(workload, ranks)
+    memory = workload.memory(need.largest)
     return {
-        "observed_steps": resolved.rows,
-        "observe_every": resolved.observe_every,
-        "memory_a_rank": need.memory,
-        "memory_a_node": need.memory * per_node,
-        "bytes_a_parameter": round(need.memory / mine, 2),
+        "observed_steps": workload.rows,
+        "observe_every": workload.observe_every,
+        "memory_a_rank": memory,
+        "memory_a_node": max(node.memory for node in need.nodes),
+        "bytes_a_parameter": round(memory / need.largest, 2),
         "disk_trajectory": need.trajectory,
         "disk_predictions": need.predictions,
-        "bytes_read_a_step_a_rank": moved.observe,
-        "bytes_written_a_step": moved.append * ranks,
-        "bytes_moved_a_prediction_a_rank": moved.predict,
     }
 
 
-def _shown(key: str, value: float) -> str:
+def _typical(workload: Workload, ranks: Sequence[RankFacts]) -> dict[str, Any]:
+    """What is usual, where the costs depend on how many weights change; nothing is decided by it."""
+    if not workload.depends_on_change_rate:
+        return {}
+    usual = [_costs(replace(workload, change_rate=rate), ranks) for rate in TYPICAL_CHANGE_RATES]
+    keys = ("memory_a_node", "bytes_a_parameter", "disk_trajectory")
+    spans = {f"{key}{TYPICAL}": [costs[key] for costs in usual] for key in keys}
+    return {"change_rate": workload.change_rate, f"change_rate{TYPICAL}": list(TYPICAL_CHANGE_RATES), **spans}
+
+
+def _times(workload: Workload, ranks: Sequence[RankFacts], memory_rate: float, disk_rate: float) -> dict[str, Any]:
+    """Bytes that move, and seconds.
+
+    Args:
+        workload: what is kept.
+        ranks: all ranks.
+        memory_rate: bytes a second of host memory that a rank has.
+        disk_rate: of disk that all ranks have together.
+    """
+    moved = traffic(workload, max(rank.elements for rank in ranks))
+    written, predicted = moved.append * len(ranks), 2 * sum(rank.elements for rank in ranks)
+    return {
+        "bytes_read_a_step_a_rank": moved.observe,
+        "bytes_written_a_step": written,
+        "bytes_moved_a_prediction_a_rank": moved.predict,
+        "seconds_an_observed_step": moved.observe / memory_rate + written / disk_rate,
+        "seconds_a_prediction": moved.predict / memory_rate + predicted / disk_rate,
+    }
+
+
+def _decision(workload: Workload, ranks: Sequence[RankFacts], disk_gib: float | None) -> dict[str, Any]:
+    decided = estimate(workload, ranks, None if disk_gib is None else int(disk_gib * GIB))
+    return {"admitted": decided.admitted, "refusal": decided.refusal}
+
+
+def _answer(admitted: bool | None, refusal: str | None, memory_gib: float | None, disk_gib: float | None) -> str:
+    if not admitted:
+        return "not checked, give --memory-gib and --disk-gib" if admitted is None else f"no, {refusal}"
+    unchecked = [name for name, given in (("--memory-gib", memory_gib), ("--disk-gib", disk_gib)) if given is None]
+    return f"yes, as far as is known without {unchecked[0]}" if unchecked else "yes"
+
+
+def _title(key: str) -> str:
+    return key.replace(TYPICAL, ", typical").replace("_", " ")
+
+
+def _shown(key: str, value: Any) -> str:
+    if isinstance(value, list):
+        return " to ".join(_shown(key, end) for end in value)
+    if isinstance(value, str):
+        return value
     if key.startswith("seconds"):
         return f"{value:.2f} s"
-    if key.startswith(("memory", "disk", "bytes_read", "bytes_written", "bytes_moved")):
-        return f"{value / GB:.2f} GB"
-    return f"{value:g}"
+    return gib(value) if key.startswith(BYTES) else f"{value:g}"

@@ -13,7 +13,6 @@ from rich.table import Table
 
 from relex_verl.offline.ingest import IngestError
 from relex_verl.reporting.metrics import strict
-from relex_verl.run.budget import BudgetError
 from relex_verl.trajectory.index import TrajectoryError
 from relex_verl.trajectory.store import Trajectory
 
@@ -74,7 +73,7 @@ def clear_errors() -> Iterator[None]:
     """What a user can mend is said in one line; anything else is ours and keeps its traceback."""
     try:
         yield
-    except (TrajectoryError, IngestError, BudgetError, ValueError, OSError, ImportError) as error:
+    except (TrajectoryError, IngestError, ValueError, OSError, ImportError) as error:
         said = " ".join(str(error).split())
         notes.print("error:", said, style=None, highlight=False, markup=False)
         raise typer.Exit(1) from None

@@ -12,6 +12,7 @@ from relex_verl.maths.extrapolators import Prediction
 from relex_verl.pipeline.resuming import appears
 from relex_verl.reporting.provenance import provenance
 from relex_verl.run import announce
+from relex_verl.run.budget import predictions_to_write
 from relex_verl.run.config import Plan, RelexConfig
 from relex_verl.run.cut import Verdict, decide
 from relex_verl.run.output import OutputFolder, summary
@@ -90,7 +91,7 @@ class RelexCallback:
         setup = Setup(
             config=self.config,
             plans=self.schedule.plans,
-            predictions=len(self.schedule.predictions) + 1,  # the search may find one that is not a target
+            predictions=predictions_to_write(len(self.schedule.predictions)),
             output_dir=self._output.path,
             run=self._run,
         )

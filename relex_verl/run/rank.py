@@ -17,7 +17,8 @@ from relex_verl.pipeline.gathering import whole_tensors
 from relex_verl.pipeline.observer import Observer
 from relex_verl.pipeline.prediction import predicted_tensors, write_together
 from relex_verl.reporting import metrics, report
-from relex_verl.run import budget
+from relex_verl.run import admission, machine
+from relex_verl.run.budget import Workload
 from relex_verl.run.protocol import Engine, Setup, Started, Weights
 from relex_verl.trajectory.kinds import KINDS
 from relex_verl.trajectory.shards import TensorShard
@@ -123,9 +124,9 @@ class RelexRank:
         return whole_tensors(self._ranks, observer.shapes, observer.aliases, shards, device)
 
     def room(self, rows: int) -> None:
-        """Check that so many more rows fit into host memory."""
-        elements = sum(held.placement.numel for held in self._observer.held.values())
-        self._check_budget(elements, len(self._observer.shapes), rows, already=True)
+        """Check that so many more rows fit into host memory and on disk."""
+        elements, held = sum(shard.placement.numel for shard in self._observer.held.values()), self._observer.steps
+        self._check_budget(elements, len(self._observer.shapes), len(held) + rows, len(held))
 
     def write(self, prediction: Prediction, folder: Path, provenance: dict[str, Any]) -> None:
         """Write one predicted checkpoint, each rank its own elements."""
@@ -141,34 +142,30 @@ class RelexRank:
     def _admit(self, elements: int, tensors: int) -> None:
         """Before memory is taken: does it all fit? Keeps the estimate, in words."""
         rows = self._setup.plans[self._observer.kind.name].rows
-        self._cost = self._check_budget(elements, tensors, rows, already=False)
+        self._cost = self._check_budget(elements, tensors, rows, None)
 
-    def _check_budget(self, elements: int, tensors: int, rows: int, already: bool) -> str:
-        """Raise BudgetError on all ranks where a node lacks memory for so many rows, or the folder disk.
+    def _check_budget(self, elements: int, tensors: int, rows: int, rows_held: int | None) -> str:
+        """Gather the facts of all ranks and ask the rule, on each of them; the estimate, in words.
 
         Args:
             elements: that this rank holds.
             tensors: of the model.
-            rows: still to come.
-            already: state and moments are in memory by now.
+            rows: at the cut.
+            rows_held: of these in memory already, beside the state; None before theta_0 is taken.
+
+        Raises:
+            BudgetError: a node lacks memory, or the folder disk; the same on all ranks.
         """
-        host, setup, kind = socket.gethostname(), self._setup, self._observer.kind
-        # Adam's two moments, float32, come with the first step where they are kept on the host.
-        optimizer = 8 * elements if self._engine.optimizer_on_host and not already else 0
-        everyone = self._ranks.gather((host, elements, budget.available_memory(), optimizer))
-        total, here = sum(one[1] for one in everyone), [one for one in everyone if one[0] == host]
-        rate = budget.change_between_rows(budget.ASSUMED_CHANGE_RATE, setup.plans[kind.name].observe_every)
-        mine = sum(one[1] for one in here)
-        need = budget.budget(kind, mine, total, rows, setup.predictions, rate, tensors * len(here))
-        held = mine * (kind.state_bytes + kind.fixed_bytes) if already else 0
-        available, later = min(one[2] for one in here), sum(one[3] for one in here)
+        setup, kind = self._setup, self._observer.kind
         with self._ranks.together():
-            budget.check_memory(need.memory - held, available, len(here), later)
-            if self._ranks.rank == 0:
-                budget.check_disk(need, setup.output_dir)
-        return (
-            f"{total:.3g} parameters on {len(everyone)} ranks, {rows} rows of {kind.name}: about "
-            f"{budget.gib(need.memory)} of host memory on this node ({budget.gib(available)} available), "
-            f"{budget.gib(need.trajectory)} of trajectory and {budget.gib(need.predictions)} of predictions in "
-            f"{setup.output_dir}"
-        )
+            available, on_host = machine.available_memory(), self._engine.optimizer_on_host
+            facts = admission.RankFacts(socket.gethostname(), elements, available, on_host)
+            free = machine.free_disk(setup.output_dir) if self._ranks.rank == 0 else None
+        everyone = self._ranks.gather((facts, free))
+        every = setup.plans[kind.name].observe_every
+        workload = Workload(kind, tensors, rows, every, setup.predictions, rows_held=rows_held)
+        ranks = [rank for rank, _ in everyone]
+        estimate = admission.estimate(workload, ranks, disk_free=everyone[0][1], output_dir=setup.output_dir)
+        with self._ranks.together():
+            estimate.admit()
+        return estimate.words

@@ -7,7 +7,7 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shell import call, finished, json_of, refused
+from shell import call, finished, refused
 
 from relex_verl.cli import app
 from relex_verl.cli.arguments import steps_of, tensors_of
@@ -21,18 +21,6 @@ def test_every_command_explains_itself():
         result = call(command.name or command.callback.__name__, "--help")
         assert result.exit_code == 0
         assert command.callback.__doc__.split("\n")[0][:20] in result.output
-
-
-def test_plan():
-    for arguments, bytes_a_parameter in (
-        (("--trajectory", "bf16", "--change-rate", "0.01"), 2 + 75 * 0.04),
-        (("--trajectory", "fp32", "--quantization", "none", "--observe-every", "25"), 4 + 3 * 4),
-        (("--trajectory", "sketch", "--sketch-size", "6"), 4 + 6 * 4),
-    ):
-        found = json_of("plan", "--params", "8e9", "--ranks", 8, "--t-cut", 75, *arguments)
-        assert found["bytes_a_parameter"] == pytest.approx(bytes_a_parameter)
-        assert found["memory_a_node"] == pytest.approx(8e9 * bytes_a_parameter, rel=1e-6)
-    assert "memory a node" in call("plan", "--params", "8e9", "--t-cut", "75").stdout
 
 
 @pytest.mark.parametrize(
