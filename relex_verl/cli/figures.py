@@ -59,11 +59,11 @@ def alignment_figure(out: Path, aligned: Sequence[Alignment], title: str) -> lis
     """Figure 6 of the paper: mean cosine and norm ratio over the tensors."""
     cosine: dict[str, list[plots.Spread]] = {}
     ratio: dict[str, list[plots.Spread]] = {}
-    for one in aligned:
-        for series, values in ((cosine, one.cosine), (ratio, one.ratio)):
-            point = spread(one.step, values, "mean")
+    for alignment in aligned:
+        for series, values in ((cosine, alignment.cosine), (ratio, alignment.ratio)):
+            point = spread(alignment.step, values, "mean")
             if point is not None:
-                series.setdefault(one.method, []).append(point)
+                series.setdefault(alignment.method, []).append(point)
     return plots.plot_alignment(out / "alignment", cosine, ratio, title)
 
 

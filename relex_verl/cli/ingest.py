@@ -47,9 +47,9 @@ def ingest(
         options = Options(trajectory, quantization, allow_pickle, any_base)
         found, source = checkpoints_in(checkpoints, hub, revisions)
         found = select_steps(found, steps)
-        new = {one.step for one in found} - set(recorded_steps(out))
+        new = {checkpoint.step for checkpoint in found} - set(recorded_steps(out))
         changed: dict[int, float] = {}
-        if new and any(one.kind == "verl" for one in found):
+        if new and any(checkpoint.kind == "verl" for checkpoint in found):
             notes.print("note: verl's merger rounds the shards to bfloat16, whatever they hold", highlight=False)
 
         with step_bar("reading headers", len(new)) as advance:

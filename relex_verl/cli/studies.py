@@ -118,11 +118,11 @@ def compare(
                 )
         if opened.kind.keeps_rows:  # it keeps no row that could be given back
             rebuilt = analysis.align_reconstruction(analysis.window(opened, reconstruct_cut), rank)
-            aligned += [one for one in rebuilt if _chosen([one.step], steps)]
+            aligned += [alignment for alignment in rebuilt if _chosen([alignment.step], steps)]
         figures = alignment_figure(out, aligned, f"fitted up to step {t_cut}") if out else []
-    rows = [_alignment_row(one) for one in aligned]
+    rows = [_alignment_row(alignment) for alignment in aligned]
     if as_json:
-        tensors = [asdict(one) for one in aligned]
+        tensors = [asdict(alignment) for alignment in aligned]
         print_json(
             {"names": opened.names, "rows": rows, "tensors": tensors, "figures": [str(path) for path in figures]}
         )
@@ -148,22 +148,22 @@ def _later_checkpoints(
 ) -> list[Found]:
     """The true checkpoints after a cut."""
     found, place = checkpoints_in(checkpoints, hub, revisions)
-    true = [one for one in found if one.step > cut]
+    true = [checkpoint for checkpoint in found if checkpoint.step > cut]
     if not true:
-        there = step_ranges([one.step for one in found])
+        there = step_ranges([checkpoint.step for checkpoint in found])
         raise IngestError(f"{place} holds no step after --t-cut {cut}, only {there}: cut earlier")
     return select_steps(true, among)
 
 
-def _alignment_row(one: analysis.Alignment) -> dict[str, Any]:
-    cosine, ratio = (analysis.spread(one.step, values, "mean") for values in (one.cosine, one.ratio))
+def _alignment_row(alignment: analysis.Alignment) -> dict[str, Any]:
+    cosine, ratio = (analysis.spread(alignment.step, values, "mean") for values in (alignment.cosine, alignment.ratio))
     means = {"cosine": cosine and cosine.middle, "ratio": ratio and ratio.middle}
     return {
-        "method": one.method,
-        "step": one.step,
+        "method": alignment.method,
+        "step": alignment.step,
         **means,
-        "model_cosine": one.model_cosine,
-        "model_ratio": one.model_ratio,
+        "model_cosine": alignment.model_cosine,
+        "model_ratio": alignment.model_ratio,
     }
 
 

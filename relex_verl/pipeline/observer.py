@@ -110,8 +110,8 @@ class Observer:
             states = self._states.split(sizes)
             held = {name: Held(*where, state) for (name, where), state in zip(mine.items(), states, strict=True)}
             self.collector.begin(held, len(self.shapes))
-            for _, one, data in self._counted(shards):
-                one.state.copy_(data)
+            for _, shard_held, data in self._counted(shards):
+                shard_held.state.copy_(data)
             self.stored_L = torch.zeros(len(self.shapes), dtype=torch.float64)
 
     def open(self, step: int) -> None:

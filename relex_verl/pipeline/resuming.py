@@ -77,7 +77,7 @@ def create(
     """
     is_base = False
     with ranks.together():
-        is_base = all(_same_bits(base.read(name, one.placement), one.state) for name, one in held.items())
+        is_base = all(_same_bits(base.read(name, shard.placement), shard.state) for name, shard in held.items())
     everywhere_base = all(ranks.gather(is_base))
     with ranks.together():
         if ranks.rank == 0:
@@ -88,7 +88,7 @@ def create(
         if not appears(folder / "index.json"):
             raise TrajectoryError(f"rank {ranks.rank} does not see {folder}, which rank 0 made: {NOT_SHARED}")
         trajectory = Trajectory(folder)
-        placements = {name: one.placement for name, one in held.items()}
+        placements = {name: shard.placement for name, shard in held.items()}
         trajectory.declare_rank(ranks.rank, placements, None if everywhere_base else states)
     return trajectory
 

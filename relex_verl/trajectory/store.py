@@ -105,7 +105,9 @@ class Trajectory:
         folder.mkdir(parents=True, exist_ok=True)
         if origin is not None:
             save_tensors(folder / "origin.safetensors", {"origin": origin})
-        runs = {name: {"start": one.full_start, "length": one.length} for name, one in placements.items()}
+        runs = {
+            name: {"start": placement.full_start, "length": placement.length} for name, placement in placements.items()
+        }
         write_json(folder / "placements.json", runs)
 
     def append(self, rank: int, step: int, packed: PackedStep[Any]) -> None:
@@ -187,7 +189,7 @@ class Trajectory:
         if not path.exists():
             raise TrajectoryError(f"{path} is missing: this trajectory was written by {self.index.world_size} ranks")
         content = json.loads(path.read_text())
-        return {name: Placement(tuple(one["start"]), tuple(one["length"])) for name, one in content.items()}
+        return {name: Placement(tuple(run["start"]), tuple(run["length"])) for name, run in content.items()}
 
     def load(self, rank: int, step: int) -> PackedStep[Any]:
         """A rank's file of a step, memory-mapped.

@@ -152,11 +152,11 @@ def ingest(
             observer.open(begun.steps[-1] if begun else 0)
             observer.reopen_base()
             _leave_to_disk(observer)
-            for one in todo:
-                if one is not todo[0]:
+            for entry in todo:
+                if entry is not todo[0]:
                     opened.close()  # of the step before
-                    folder = opened.enter_context(one.opened(options.allow_pickle, workspace))
-                progress(_observe(observer, one, Checkpoint(folder, one.called), layout))
+                    folder = opened.enter_context(entry.opened(options.allow_pickle, workspace))
+                progress(_observe(observer, entry, Checkpoint(folder, entry.called), layout))
     return observer.trajectory
 
 
@@ -179,13 +179,13 @@ def recorded_steps(out: Path) -> list[int]:
     return Trajectory(out).steps if (out / "index.json").exists() else []
 
 
-def _observe(observer: Observer, one: Found, checkpoint: Checkpoint, layout: Layout) -> Observation:
+def _observe(observer: Observer, entry: Found, checkpoint: Checkpoint, layout: Layout) -> Observation:
     layout.check(checkpoint)
     check_tied(checkpoint, layout.aliases)
     try:
-        observation = observer.observe(one.step, CheckpointSource(checkpoint.folder, layout.shapes))
+        observation = observer.observe(entry.step, CheckpointSource(checkpoint.folder, layout.shapes))
     except ValueError as error:
-        raise IngestError(f"{one.called}: {error}") from error
+        raise IngestError(f"{entry.called}: {error}") from error
     _leave_to_disk(observer)
     return observation
 
@@ -215,10 +215,10 @@ def _common_layout(
     layout = Layout.of(base, first)
     layout.check(first)
     check_tied(base, layout.aliases)
-    for one in found:
-        one.check_allowed(allow_pickle)
-        if one.kind == "safetensors" and one is not opened:
-            layout.check(Checkpoint(Path(one.place), one.called))
+    for entry in found:
+        entry.check_allowed(allow_pickle)
+        if entry.kind == "safetensors" and entry is not opened:
+            layout.check(Checkpoint(Path(entry.place), entry.called))
     return layout
 
 
@@ -256,13 +256,13 @@ def _begun(out: Path, base_model: str, source: str, options: Options) -> Traject
 
 
 def _still_to_do(found: Sequence[Found], done: Sequence[int], out: Path) -> list[Found]:
-    late = [one.step for one in found if done and one.step < done[-1] and one.step not in done]
+    late = [entry.step for entry in found if done and entry.step < done[-1] and entry.step not in done]
     if late:
         raise IngestError(
             f"--out {out} goes up to step {done[-1]} without step {late[0]}, and steps are added in order: "
             "give a new folder, or leave that step out with --steps"
         )
-    return [one for one in found if one.step not in done]
+    return [entry for entry in found if entry.step not in done]
 
 
 def _in_words(error: BaseException, steps: Sequence[int], out: Path) -> BaseException:

@@ -163,14 +163,14 @@ def select_steps(found: Sequence[Found], steps: str | None) -> list[Found]:
     Raises:
         IngestError: `steps` cannot be read, nothing is left, or a chosen step folder holds no checkpoint.
     """
-    chosen = [one for one in found if steps is None or within(steps)(one.step)]
+    chosen = [entry for entry in found if steps is None or within(steps)(entry.step)]
     if not chosen:
-        there = ", ".join(str(one.step) for one in found[:12]) or "none"
+        there = ", ".join(str(entry.step) for entry in found[:12]) or "none"
         raise IngestError(f"--steps {steps or 'all'} leaves no checkpoint; the steps found are {there}")
-    for one in chosen:
-        if one.kind == "none":
+    for entry in chosen:
+        if entry.kind == "none":
             raise IngestError(
-                f"{one.place} holds no checkpoint (no *.safetensors, no model_world_size_*.pt, no pytorch_model*.bin, "
+                f"{entry.place} holds no checkpoint (no *.safetensors, no model_world_size_*.pt, no pytorch_model*.bin, "
                 "also not in actor/huggingface): leave that step out with --steps"
             )
     return chosen

@@ -79,8 +79,8 @@ class RowCollector:
     def leave_to_disk(self, trajectory: Trajectory, rank: int) -> None:
         """Hold no increment in memory whose file is there: for a pass that has time to read them again."""
         self.packed = [
-            one if isinstance(one, StoredStep) else trajectory.stored(rank, step)
-            for one, step in zip(self.packed, self.steps, strict=True)
+            step_kept if isinstance(step_kept, StoredStep) else trajectory.stored(rank, step)
+            for step_kept, step in zip(self.packed, self.steps, strict=True)
         ]
 
     def snapshot(self) -> None:

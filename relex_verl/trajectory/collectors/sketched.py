@@ -38,7 +38,7 @@ class SketchCollector:
         """See `Collector`."""
         size = self.kind.size
         self.held, self.steps, self._torn = held, [], False
-        numel = [one.placement.numel for one in held.values()]
+        numel = [shard.placement.numel for shard in held.values()]
         arrays = {
             "value": torch.zeros(size * sum(numel)),
             "sizes": torch.tensor([[n] for n in numel for _ in range(size)], dtype=torch.int64).view(-1, 1),

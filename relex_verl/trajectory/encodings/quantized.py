@@ -154,10 +154,12 @@ def dots(increments: Sequence[QuantizedIncrement], numel: int, device: torch.dev
     for start, stop in _chunks(numel):
         last = increments[-1].codes(start, stop, device).to(exact)
         # One row at a time stays in the caches; a batched product of so small matrices is five times as slow.
-        products_Tg = torch.stack([(one.codes(start, stop, device) * last).sum(dim=1) for one in increments]).double()
+        products_Tg = torch.stack(
+            [(increment.codes(start, stop, device) * last).sum(dim=1) for increment in increments]
+        ).double()
         if increments[-1].bits:
             groups = slice(start // GROUP, -(-stop // GROUP))
-            scales_Tg = torch.stack([one.scale[groups] for one in increments]).to(device).double()
+            scales_Tg = torch.stack([increment.scale[groups] for increment in increments]).to(device).double()
             products_Tg *= scales_Tg * scales_Tg[-1]
         row_T += products_Tg.sum(dim=1)
     return row_T.cpu()

@@ -139,7 +139,7 @@ def _changed(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
     words = len(new) // WORD
     if words:
         # What does not begin where a word does (a shard behind one of odd length) is copied there.
-        old, new = (one if one.storage_offset() % WORD == 0 else one.clone() for one in (old, new))
+        old, new = (bits if bits.storage_offset() % WORD == 0 else bits.clone() for bits in (old, new))
         ends = words * WORD
         old_words, new_words = old[:ends].view(torch.int64), new[:ends].view(torch.int64)
         differing = (old_words != new_words).nonzero().flatten()
@@ -203,17 +203,21 @@ def _in_both(
     device = now.device
     parts = [increment._within(start, stop) for increment in increments]
     counts = torch.cat([count for count, _ in parts]).to(device)
-    index = torch.cat([one.index[entries] for one, (_, entries) in zip(increments, parts, strict=True)]).to(device)
+    index = torch.cat([increment.index[entries] for increment, (_, entries) in zip(increments, parts, strict=True)]).to(
+        device
+    )
     base = torch.arange(len(parts[0][0]), dtype=torch.int32, device=device).repeat(len(parts)) * BLOCK
     position = base.repeat_interleave(counts, output_size=len(index)) + (index.to(torch.int32) & 0xFFFF)
     hit = now.index_select(0, position).nonzero().flatten()
-    value = torch.cat([one.value[entries] for one, (_, entries) in zip(increments, parts, strict=True)]).to(device)
+    value = torch.cat([increment.value[entries] for increment, (_, entries) in zip(increments, parts, strict=True)]).to(
+        device
+    )
     ends = torch.tensor([entries.stop - entries.start for _, entries in parts], device=device).cumsum(0)
     step = torch.searchsorted(ends, hit, right=True)
-    odd = [one._exceptions(start, stop) for one in increments]
-    odd_position = torch.cat([one for one, _ in odd]).to(device)
+    odd = [increment._exceptions(start, stop) for increment in increments]
+    odd_position = torch.cat([positions for positions, _ in odd]).to(device)
     odd_hit = now.index_select(0, odd_position).nonzero().flatten()
-    odd_ends = torch.tensor([one.numel() for one, _ in odd], device=device).cumsum(0)
+    odd_ends = torch.tensor([positions.numel() for positions, _ in odd], device=device).cumsum(0)
     step = torch.cat([step, torch.searchsorted(odd_ends, odd_hit, right=True)])
     step, order = step.sort(stable=True)
     odd_exact = torch.cat([exact for _, exact in odd]).to(device)
