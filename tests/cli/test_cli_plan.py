@@ -14,7 +14,7 @@ from relex_verl.run.callback import RelexCallback
 from relex_verl.run.config import RelexConfig
 from relex_verl.run.protocol import Answer, RunFacts, Setup, answers
 from relex_verl.run.rank import RelexRank
-from relex_verl.trajectory.encodings import ENCODINGS
+from relex_verl.trajectory.kinds import KINDS
 
 TOTAL = 200
 METHODS = ["relex", "raw-ols"]
@@ -90,7 +90,7 @@ def test_the_run_takes_what_plan_says_to_the_byte(
 
 
 def test_every_encoding_is_planned() -> None:
-    assert set(ENCODED) == set(ENCODINGS)
+    assert set(ENCODED) == set(KINDS)
 
 
 def test_an_offloaded_optimizer_is_reckoned_with(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

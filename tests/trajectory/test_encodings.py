@@ -132,7 +132,7 @@ def accumulated(name: str, states: list[torch.Tensor], weights: list[float], dty
     """A prediction from a walk, as `relex_verl.pipeline.prediction` makes it."""
     kind = KINDS[name]
     last, increments, _ = follow(name, states)
-    anchor = last if kind.anchor_is_last else states[0].to(kind.dtype)
+    anchor = last if kind.rows.anchor_is_last else states[0].to(kind.dtype)
     (coefficients,) = kind.coefficients(torch.tensor([weights], dtype=torch.float64), range(len(weights))).tolist()
     return kind.accumulate(anchor, increments, coefficients, dtype)
 
