@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from documentation import DOCS, PACKAGE, PAGES, README, ROOT, commands, is_run, prose
+from test_architecture import FLOOR_OF
 from typer.testing import CliRunner
 
 from relex_verl.cli import app
@@ -122,3 +123,31 @@ def test_the_settings_page_names_what_a_key_takes(key: str, values: list[str]) -
     for value in values:
         assert f"`{value}`" in text
         assert value in str(refusal.value)
+
+
+# ---------------------------------------------------------------- for contributors
+
+
+def test_the_architecture_page_draws_the_floors() -> None:
+    table = (PACKAGE / "docs/architecture.md").read_text()
+    rooms = re.findall(r"^\| (\d) \| `(\w+)/` \|", table, flags=re.MULTILINE)
+    assert {room: int(floor) for floor, room in rooms} == FLOOR_OF
+
+
+def test_the_hooks_run_what_every_commit_has_to_pass() -> None:
+    [repository] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    entries = {hook["id"]: hook["entry"] for hook in repository["hooks"]}
+    assert repository["repo"] == "local"  # the versions of .venv, not of a mirror
+    assert all(entry.startswith(".venv/bin/") for entry in entries.values())
+    checked = re.findall(r"^\.venv/bin/(ruff format|ruff|mypy)", (ROOT / ".ci/run").read_text(), flags=re.MULTILINE)
+    assert {one.replace(" ", "-") for one in checked} | {"shellcheck"} == set(entries)
+
+
+@pytest.mark.parametrize("name", ["bug", "support"])
+def test_an_issue_form_is_one(name: str) -> None:
+    form = yaml.safe_load((ROOT / f".github/ISSUE_TEMPLATE/{name}.yml").read_text())
+    assert form.keys() >= {"name", "description", "body"}
+    fields = [field for field in form["body"] if field["type"] != "markdown"]
+    assert len({field["id"] for field in fields}) == len(fields)
+    assert all(field["attributes"]["label"] for field in fields)
+    assert any(field.get("validations", {}).get("required") for field in fields)
