@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from relex_verl.maths.extrapolators import METHODS
-from relex_verl.offline.ingest import Found, IngestError, find_checkpoints, find_revisions
 
 __all__ = [
     "AllowPickle",
@@ -21,7 +20,6 @@ __all__ = [
     "Rank",
     "Revisions",
     "TrajectoryFolder",
-    "checkpoints_in",
     "later_steps_of",
     "methods_of",
     "steps_of",
@@ -79,19 +77,6 @@ def later_steps_of(text: str, cut: int) -> list[int]:
     if steps[0] <= cut:
         raise ValueError(f"--target {steps[0]} is not after --t-cut {cut}: give later steps, or cut earlier")
     return steps
-
-
-def checkpoints_in(checkpoints: Path | None, hub: str | None, revisions: str) -> tuple[list[Found], str]:
-    """The checkpoints in a folder or a Hub repository, and what to call the place they are in.
-
-    Raises:
-        IngestError: both or none are given, or none is there.
-    """
-    if checkpoints is not None and hub is None:
-        return find_checkpoints(checkpoints), str(checkpoints.resolve())
-    if hub is not None and checkpoints is None:
-        return find_revisions(hub, revisions), f"hub:{hub}"
-    raise IngestError("give either --checkpoints FOLDER or --hub REPO")
 
 
 def methods_of(text: str) -> list[str]:

@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from relex_verl.cli.arguments import AllowPickle, AsJson, Checkpoints, Hub, Revisions, checkpoints_in
+from relex_verl.cli.arguments import AllowPickle, AsJson, Checkpoints, Hub, Revisions
 from relex_verl.cli.screen import clear_errors, console, notes, print_json, step_bar
-from relex_verl.offline.ingest import Options, recorded_steps, select_steps
+from relex_verl.offline.ingest import Options, checkpoints_in, recorded_steps, select_steps
 from relex_verl.offline.ingest import ingest as ingest_checkpoints
 from relex_verl.pipeline.observer import Observation
 from relex_verl.trajectory.index import step_ranges

@@ -1,6 +1,6 @@
 """From a trajectory on disk: what it holds, observed checkpoints, predicted ones, rank-r reconstructions."""
 
-from pathlib import Path
+from itertools import product
 from typing import Annotated, Any
 
 import typer
@@ -8,11 +8,10 @@ import typer
 from relex_verl.cli.arguments import AsJson, FitFrom, OutFolder, Rank, TrajectoryFolder, later_steps_of, methods_of
 from relex_verl.cli.screen import clear_errors, console, element_bar, print_json, table_of
 from relex_verl.maths.diagnostics import describe, random_walk, summary
-from relex_verl.maths.extrapolators import METHODS, Prediction
-from relex_verl.offline import analysis
-from relex_verl.pipeline import prediction as predicting
+from relex_verl.maths.extrapolators import METHODS
+from relex_verl.offline import analysis, face
 from relex_verl.pipeline.prediction import write_checkpoint
-from relex_verl.reporting.provenance import provenance, versions
+from relex_verl.reporting.provenance import versions
 from relex_verl.trajectory import replay
 from relex_verl.trajectory.index import step_ranges
 from relex_verl.trajectory.store import Trajectory
@@ -95,21 +94,14 @@ def extrapolate(
     """
     written = []
     with clear_errors():
-        opened = Trajectory(trajectory)
-        steps = analysis.observed_until(opened, t_cut)
-        targets = later_steps_of(target, t_cut)
-        for one in methods_of(method):
-            for step in targets:
-                prediction = Prediction(one, step, rank, fit_from)
-                facts = provenance(opened.index.base_model, prediction, t_cut, steps, trajectory.resolve())
-                folder = out / prediction.folder_name
-                with element_bar(opened, prediction.folder_name) as advance:
-                    shards = predicting.extrapolate(opened, t_cut, prediction)
-                    analysis.write_prediction(opened, shards, folder, facts, advance)
-                row = {"path": str(folder), "method": one, "rank": rank, "fit_from": fit_from}
-                written.append({**row, "t_cut": t_cut, "target": step})
-                if not as_json:
-                    console.print(f"{prediction.folder_name}: {folder}", highlight=False, soft_wrap=True)
+        opened, targets = Trajectory(trajectory), later_steps_of(target, t_cut)
+        for name, step in product(methods_of(method), targets):
+            with element_bar(opened, f"{name}, step {step}") as advance:
+                folder = face.extrapolate(opened, step, t_cut, name, rank, out=out, fit_from=fit_from, progress=advance)
+            row = {"path": str(folder), "method": name, "rank": rank, "fit_from": fit_from}
+            written.append({**row, "t_cut": t_cut, "target": step})
+            if not as_json:
+                console.print(f"{folder.name}: {folder}", highlight=False, soft_wrap=True)
     if as_json:
         print_json({"predictions": written})
 
@@ -129,13 +121,8 @@ def reconstruct(
     """
     with clear_errors():
         opened = Trajectory(trajectory)
-        observed = analysis.observed_until(opened, t_cut)
-        provenance = {"base_model": opened.index.base_model, "method": "reconstruction", "rank": rank, "step": step}
-        provenance |= {"t_cut": observed[-1], "target": step, "observed_steps": observed}
-        provenance |= {"trajectory": str(trajectory.resolve()), "versions": versions()}
-        shards = analysis.reconstruct(opened, step, rank, t_cut)
         with element_bar(opened, f"rank {rank}, step {step}") as advance:
-            write_checkpoint(opened, shards, Path(out), provenance, progress=advance)
+            face.reconstruct(opened, step, rank, out=out, t_cut=t_cut, progress=advance)
     if as_json:
         print_json({"path": str(out), "rank": rank, "step": step})
         return

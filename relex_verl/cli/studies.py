@@ -18,7 +18,6 @@ from relex_verl.cli.arguments import (
     Rank,
     Revisions,
     TrajectoryFolder,
-    checkpoints_in,
     methods_of,
     steps_of,
     tensors_of,
@@ -26,7 +25,7 @@ from relex_verl.cli.arguments import (
 from relex_verl.cli.figures import alignment_figure, backtest_figure, diagnosis_figures
 from relex_verl.cli.screen import clear_errors, console, element_bar, print_json, step_bar, table_of
 from relex_verl.offline import analysis
-from relex_verl.offline.ingest import Found, IngestError, select_steps, within
+from relex_verl.offline.ingest import Found, IngestError, checkpoints_in, select_steps, within
 from relex_verl.reporting.metrics import fit_report
 from relex_verl.trajectory.index import step_ranges
 from relex_verl.trajectory.store import Trajectory

@@ -16,7 +16,7 @@ from relex_verl.trajectory.encodings import moments, quantized, sparse
 
 __all__ = ["KINDS", "QUANTIZATIONS", "TRAJECTORIES", "Kind", "RowCodec", "kind_of"]
 
-# A dozen float32 rows predict as well as sixty (measured, README); 16 leave some for the diagnostics.
+# A dozen float32 rows predict as well as sixty (measured, recipes/study); 16 leave some for the diagnostics.
 AUTO_ROWS = 16
 TRAJECTORIES = ("fp32", "bf16", "sketch")
 QUANTIZATIONS = ("int8", "int4", "none")

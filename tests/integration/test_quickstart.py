@@ -1,7 +1,6 @@
-"""The README as a new user meets it: its quickstart ends in a recommendation, and its commands run as written."""
+"""README and docs as a new user meets them: the quickstart ends in a recommendation, every command runs as written."""
 
 import json
-import re
 import shutil
 import struct
 import subprocess
@@ -9,18 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from documentation import commands, is_run
 from harness import ROOT, load, training
 
 pytestmark = [pytest.mark.trainer, pytest.mark.timeout(1500)]
 
 OUT = ROOT / "outputs" / "quickstart"
-
-
-def commands() -> list[str]:
-    """The lines of the README's shell blocks that a test can run: the quickstart and the offline commands."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    lines = [line.split("  #")[0].strip() for line in "".join(blocks).replace("\\\n", " ").splitlines()]
-    return [line for line in lines if line.startswith(("bash recipes/quickstart/run.sh", ".venv/bin/relex-verl"))]
 
 
 def shell(command: str) -> str:
@@ -31,9 +24,9 @@ def shell(command: str) -> str:
 
 @pytest.fixture(scope="module")
 def said() -> dict[str, str]:
-    """Every command of the README, in its order, in an empty outputs folder."""
+    """Every command of the README and the docs, the README's first, in an empty outputs folder."""
     shutil.rmtree(OUT, ignore_errors=True)
-    return {command: shell(command) for command in commands()}
+    return {command: shell(command) for command in commands() if is_run(command)}
 
 
 def report(out: Path) -> dict:
@@ -43,7 +36,7 @@ def report(out: Path) -> dict:
 def test_the_readme_runs(said: dict[str, str]) -> None:
     first, *offline = said
     assert first.startswith("bash recipes/quickstart/run.sh")
-    assert {command.split()[1] for command in offline} >= {"info", "checkout", "extrapolate", "plan"}
+    assert {command.split()[1] for command in offline} >= {"plan", "extrapolate", "info", "checkout", "diagnose"}
     table = said[first]
     for row in ("base", "last observed", "predicted"):
         assert row in table

@@ -16,6 +16,7 @@ from pathlib import Path
 from relex_verl.offline.ingest.checkpoints import (
     Found,
     IngestError,
+    checkpoints_in,
     find_checkpoints,
     find_revisions,
     is_full,
@@ -38,6 +39,7 @@ __all__ = [
     "Found",
     "IngestError",
     "Options",
+    "checkpoints_in",
     "find_checkpoints",
     "find_revisions",
     "ingest",

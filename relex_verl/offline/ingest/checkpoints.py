@@ -25,7 +25,16 @@ from safetensors.torch import save_file
 
 from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
 
-__all__ = ["Found", "IngestError", "find_checkpoints", "find_revisions", "is_full", "select_steps", "within"]
+__all__ = [
+    "Found",
+    "IngestError",
+    "checkpoints_in",
+    "find_checkpoints",
+    "find_revisions",
+    "is_full",
+    "select_steps",
+    "within",
+]
 
 STEP_FOLDER = re.compile(r"(?:global_step|step|checkpoint|iter)[_-]?(\d+)")
 SHARD_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
@@ -155,6 +164,19 @@ def find_revisions(repo: str, pattern: str) -> list[Found]:
         raise IngestError(f"--hub {repo} has no revision named like {pattern}; its revisions: {shown}")
     _check_once(found)
     return [Found(step, "hub", place) for step, place in found if step > 0]
+
+
+def checkpoints_in(checkpoints: Path | None, hub: str | None, revisions: str) -> tuple[list[Found], str]:
+    """The checkpoints in a folder or a Hub repository, and what to call the place they are in.
+
+    Raises:
+        IngestError: both or none are given, or none is there.
+    """
+    if checkpoints is not None and hub is None:
+        return find_checkpoints(checkpoints), str(checkpoints.resolve())
+    if hub is not None and checkpoints is None:
+        return find_revisions(hub, revisions), f"hub:{hub}"
+    raise IngestError("give either --checkpoints FOLDER or --hub REPO")
 
 
 def select_steps(found: Sequence[Found], steps: str | None) -> list[Found]:
