@@ -256,10 +256,10 @@ def test_the_installed_packages_keep_the_contract(path: str) -> None:
 
 
 def test_every_name_that_the_plugin_uses_has_a_line_and_no_line_is_stale() -> None:
-    used: dict[str, set[str]] = {}
-    for path, use, _ in SITES:
-        used.setdefault(path, set()).add(use.name)
-    assert used == {path: set(lines) for path, lines in CONTRACT.items()}
+    used = {(path, use.name) for path, use, _ in SITES}
+    written = {(path, name) for path, lines in CONTRACT.items() for name in lines}
+    assert [f"CONTRACT has no line for {name} of {path}" for path, name in sorted(used - written)] == []
+    assert [f"the plugin uses no {name} of {path}" for path, name in sorted(written - used)] == []
 
 
 def test_every_call_of_the_plugin_fits() -> None:
