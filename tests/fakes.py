@@ -1,23 +1,56 @@
 """Stand-ins for a training engine in tests of the pipeline below verl: plain tensors, cut as an engine cuts them."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from huggingface_hub import save_torch_state_dict
 
 from relex_verl.trajectory.shards import Placement, TensorShard, block_placement, whole
 
 
-def tiny_base(folder: Path, tied: bool = False, shard_size: str = "5GB", dtype: torch.dtype = torch.bfloat16) -> Path:
-    """A real, tiny Qwen2 checkpoint."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=64, hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=tied,
-    )  # fmt: skip
-    Qwen2ForCausalLM(config).to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+def qwen2(
+    folder: Path, vocabulary: int, hidden: int, intermediate: int, tied: bool, dtype: torch.dtype, shard_size: str
+) -> Path:
+    """A checkpoint of a random Qwen2 with two layers and two heads, as transformers writes one, but without its seconds."""
+    norm, kv = torch.ones(hidden), hidden // 2
+    tensors = {"model.embed_tokens.weight": torch.randn(vocabulary, hidden) * 0.02, "model.norm.weight": norm}
+    if not tied:
+        tensors["lm_head.weight"] = torch.randn(vocabulary, hidden) * 0.02
+    for i in range(2):
+        layer = f"model.layers.{i}"
+        shapes = {
+            "mlp.down_proj": (hidden, intermediate),
+            "mlp.gate_proj": (intermediate, hidden),
+            "mlp.up_proj": (intermediate, hidden),
+            "self_attn.k_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.v_proj": (kv, hidden),
+        }
+        tensors |= {f"{layer}.{name}.weight": torch.randn(shape) * 0.02 for name, shape in shapes.items()}
+        tensors |= {
+            f"{layer}.self_attn.{name}_proj.bias": torch.zeros(n)
+            for name, n in zip("kqv", (kv, hidden, kv), strict=True)
+        }
+        tensors |= {f"{layer}.{name}.weight": norm for name in ("input_layernorm", "post_attention_layernorm")}
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.to(dtype, copy=True) for name, tensor in sorted(tensors.items())}
+    save_torch_state_dict(state, folder, max_shard_size=shard_size, metadata={"format": "pt"})
+    config = {
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "dtype": str(dtype).removeprefix("torch."),
+        "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": tied,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
     return folder
+
+
+def tiny_base(folder: Path, tied: bool = False, shard_size: str = "5GB", dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A tiny Qwen2 checkpoint."""
+    torch.manual_seed(0)
+    return qwen2(folder, 64, 128, 192, tied, dtype, shard_size)
 
 
 class DriftingModel:

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from fakes import qwen2
 
 from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint, CheckpointWriter
 from relex_verl.trajectory.shards import TensorShard, block_placement, placement_of_positions, whole
@@ -17,16 +17,7 @@ def base(request, tmp_path_factory):
     """A small real model in several files, with the odd other file beside them."""
     folder = tmp_path_factory.mktemp(request.param) / "base"
     torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=20,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        tie_word_embeddings=request.param == "tied",
-    )
-    Qwen2ForCausalLM(config).save_pretrained(folder, max_shard_size="6KB")
+    qwen2(folder, 50, 16, 20, request.param == "tied", torch.float32, "6KB")
     (folder / "vocab.txt").write_text("a b c")
     (folder / "pytorch_model.bin").write_bytes(b"old weights in another format")
     checkpoint = BaseCheckpoint(folder)

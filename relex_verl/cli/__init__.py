@@ -6,8 +6,11 @@ Commands stand in files by topic; each is a thin face of a function below `cli`.
 import relex_verl.cli.environment  # noqa: F401  # before torch is loaded
 
 # isort: split
+from typing import Annotated
+
 import typer
 
+from relex_verl import __version__
 from relex_verl.cli import ingest, planning, push, stored, studies
 from relex_verl.cli.baselines import baseline_app
 
@@ -20,6 +23,22 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"relex-verl {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
+
 
 app.command()(ingest.ingest)
 app.command()(stored.info)

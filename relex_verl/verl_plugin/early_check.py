@@ -6,6 +6,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from relex_verl.run.config import ConfigError
+from relex_verl.verl_plugin.registration import warn_of_another_verl
 from relex_verl.verl_plugin.settings import checked_config
 
 __all__ = ["EarlyCheck"]
@@ -20,6 +21,7 @@ class EarlyCheck(Callback):
         Raises:
             SystemExit: with the key, its value and the cure.
         """
+        warn_of_another_verl()
         try:
             relex = checked_config(config)
             steps = OmegaConf.select(config, "trainer.total_training_steps")

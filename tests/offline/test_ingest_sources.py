@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from relex_verl.trajectory import replay
 from relex_verl.trajectory.store import Trajectory
 
 PICKLED = Options(allow_pickle=True)
+needs_verl = pytest.mark.skipif(find_spec("verl") is None, reason="verl is not installed: it merges its shards")
 
 
 @pytest.fixture
@@ -145,6 +147,7 @@ def copy_of(sharded, tmp_path):
     return tmp_path
 
 
+@needs_verl
 def test_verls_shards_through_verls_merger(sharded, tmp_path):
     root = copy_of(sharded, tmp_path)
     assert {one.kind for one in find_checkpoints(root / "run")} == {"verl"}
@@ -163,6 +166,7 @@ def cut_off(actor):
     path.write_bytes(path.read_bytes()[:-1000])
 
 
+@needs_verl
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
@@ -182,6 +186,7 @@ def test_shards_that_cannot_be_merged(sharded, tmp_path, spoil, says):
     assert leftovers(root) == []
 
 
+@needs_verl
 def test_a_merger_without_space_names_the_place(sharded, tmp_path, monkeypatch):
     root = copy_of(sharded, tmp_path)
     full = subprocess.CompletedProcess([], 1, "", "Traceback\nOSError: [Errno 28] No space left on device\n")
