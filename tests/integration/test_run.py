@@ -27,6 +27,7 @@ from harness import (
     run,
     same_bits,
 )
+from pictures import check_page
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from relex_verl.trajectory.store import Trajectory
@@ -134,9 +135,14 @@ def test_a_sketch_predicts_what_the_rows_predict(sketched: Run, master: Run) -> 
     assert sketched.report()["fits"]["tensors"][0]["line_r2"] is None
 
 
-def test_without_a_validation_set_nothing_is_recommended(plain: Run, sketched: Run) -> None:
-    """And the training goes on, as without RELEX: on one rank FSDP2 trains what FSDP1 trains."""
-    assert sketched.trained() == {step: values for step, values in plain.trained().items() if step <= CUT + 1}
+def test_without_a_validation_set_nothing_is_recommended(plain: Run, master: Run, sketched: Run) -> None:
+    """And the training goes on, as without RELEX, but that FSDP2 adds the gradients' norm up in another order."""
+    steps = range(1, CUT + 2)
+    assert sorted(sketched.trained()) == list(steps)
+    for step in steps:
+        assert sketched.trained()[step] == pytest.approx(plain.trained()[step], rel=1e-4, abs=1e-8)
+        if step <= CUT:
+            assert sketched.trained()[step] == master.trained()[step]
     assert sketched.complaints() == []
     advice = sketched.report()["advice"]
     assert advice["action"] == "unscored"
@@ -176,7 +182,7 @@ def test_metrics_and_report(observed: Run) -> None:
     assert report["fits"]["random_walk_null"]["explained_variance"] > 0.8
     assert {row["tensor"] for row in report["fits"]["tensors"]} == set(load(BASE))
     assert report["advice"]["action"] in ("stop", "keep_training")
-    assert "data:image/png;base64," in (observed.out / "relex" / "report.html").read_text()
+    assert check_page(observed.out / "relex" / "report.html") == 5
 
 
 def test_scores_are_verls_own(plain: Run, observed: Run) -> None:
