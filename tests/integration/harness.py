@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import torch
 from safetensors.torch import load_file
+from shell import call
 
 from relex_verl.trajectory import replay
 from relex_verl.trajectory.store import Trajectory
@@ -185,10 +186,11 @@ def relex_verl(*arguments: str) -> str:
 
 
 def checkout(run: Run, step: int) -> dict[str, torch.Tensor]:
-    """The weights of an observed step, by the command line."""
+    """The weights of an observed step, by the command, in this process: starting it costs seconds."""
     folder = run.out / f"checkout-{step}"
     if not folder.exists():
-        relex_verl("checkout", str(run.out / "relex" / "trajectory"), "--step", str(step), "--out", str(folder))
+        done = call("checkout", run.out / "relex" / "trajectory", "--step", step, "--out", folder)
+        assert done.exit_code == 0, done.output
     return load(folder)
 
 
