@@ -11,6 +11,7 @@ class StandInHub(http.server.BaseHTTPRequestHandler):
     """What huggingface_hub asks of the Hub, from local folders: refs, the files of a revision, and their content."""
 
     root = Path()
+    fetched: list[str]
 
     def do_HEAD(self):
         self.answer(body=False)
@@ -41,6 +42,8 @@ class StandInHub(http.server.BaseHTTPRequestHandler):
             name, file = path.split("/resolve/")[1].split("/", 1)
             commit = commits.get(name, name)
             content = (by_commit[commit] / file).read_bytes()
+            if body:
+                self.fetched.append(f"{by_commit[commit].name}/{file}")
             headers = {"ETag": f'"{commit}-{file}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         self.send_response(200)
         for key, value in {**headers, "Content-Length": str(len(content))}.items():
@@ -54,9 +57,14 @@ class StandInHub(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(root):
-    """The address of a Hub whose repositories all have the folders of `root` as revisions."""
-    handler = type("Hub", (StandInHub,), {"root": root})
+def serving(root, fetched=None):
+    """The address of a Hub whose repositories all have the folders of `root` as revisions.
+
+    Args:
+        root: the folders.
+        fetched: a list that grows with every file that is downloaded, "folder/file".
+    """
+    handler = type("Hub", (StandInHub,), {"root": root, "fetched": [] if fetched is None else fetched})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"

@@ -117,6 +117,24 @@ def bench(elements: float, given: argparse.Namespace) -> tuple[float, float, flo
     return times, peak, each
 
 
+def out_of_bounds(sizes: list[tuple[float, float, float]], cached: bool) -> list[str]:
+    """What the verdict is about, a line each.
+
+    Args:
+        sizes: what `bench` found, smallest size first.
+        cached: whether the files were in the page cache, which says nothing of the time.
+    """
+    (times, peak, _), each = sizes[-1], [size[2] for size in sizes]
+    wrong = []
+    if times > MOST_TIMES and not cached:
+        wrong.append(f"{times:.2f} times as long as reading is more than {MOST_TIMES}")
+    if peak > MOST_GB:
+        wrong.append(f"{peak:.2f} GB is more than {MOST_GB}")
+    if each[-1] > MOST_GROWTH * min(each):
+        wrong.append(f"not linear: {min(each):.2f}, then {each[-1]:.2f} processor ns a parameter and step")
+    return wrong
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Three sizes and a verdict; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -131,15 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dir", type=Path, help="where the files go: on the disk to be measured")
     given = parser.parse_args(arguments)
     print(f"{os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}", flush=True)
-    found = [bench(given.millions / share * 1e6, given) for share in (4, 2, 1)]
-    (times, peak, _), each = found[-1], [one[2] for one in found]
-    wrong = []
-    if times > MOST_TIMES and not given.cached:
-        wrong.append(f"{times:.2f} times as long as reading is more than {MOST_TIMES}")
-    if peak > MOST_GB:
-        wrong.append(f"{peak:.2f} GB is more than {MOST_GB}")
-    if each[-1] > MOST_GROWTH * min(each):
-        wrong.append(f"not linear: {min(each):.2f}, then {each[-1]:.2f} processor ns a parameter and step")
+    wrong = out_of_bounds([bench(given.millions / share * 1e6, given) for share in (4, 2, 1)], given.cached)
     print(*wrong or ["within all bounds"], sep="\n")
     return len(wrong) > 0
 

@@ -1,15 +1,12 @@
-"""`relex-verl ingest` as a command: from folders and from a Hub, once more, and what it says of verl's merger."""
+"""`relex-verl ingest` as a command: from folders and from a Hub, and once more."""
 
 import json
-import os
 
 import pytest
-from fakes import tiny_base
 from shell import call, finished, json_of, refused
 from stand_in_hub import serving
 
 from relex_verl.cli import ingest
-from relex_verl.offline.ingest import Found
 
 __all__ = ["finished"]
 
@@ -49,16 +46,3 @@ def test_from_a_hub(finished, tmp_path, monkeypatch):
     same_run = json_of("compare", finished / "whole", "--t-cut", 4, "--steps", "6")
     rows = [next(row for row in one["rows"] if row["method"] == "relex") for one in (compared, same_run)]
     assert rows[0]["cosine"] == pytest.approx(rows[1]["cosine"], rel=1e-6)
-
-
-def test_verls_merger_rounds_and_the_command_says_so(finished, tmp_path, monkeypatch):
-    base = tiny_base(tmp_path / "base")
-    monkeypatch.setattr(
-        ingest, "checkpoints_in", lambda *_: ([Found(1, "verl", str(finished / "run/global_step_1"))], "here")
-    )
-    monkeypatch.setattr(Found, "_converted", lambda self, temporary: finished / "run/global_step_1")
-    result = call("ingest", "--base", base, "--checkpoints", ".", "--out", tmp_path / "t", "--allow-pickle", "--json")
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["steps"] == [1]
-    assert "rounds the shards to bfloat16" in result.stderr
-    assert os.listdir(tmp_path / "t")

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from pictures import check_png
 from shell import STEPS, call, finished, json_of, same, weights
 
 __all__ = ["finished"]
@@ -42,13 +43,16 @@ def test_diagnose_and_backtest(finished, tmp_path):
     assert {"coefficients", "components", "spectrum", "r2_by_layer"} <= set(found["figures"])
     frozen = next(row for row in found["tensors"] if row["tensor"] == "model.norm.weight")
     assert frozen["line_r2"] is None
-    assert len(list((tmp_path / "d").glob("*.svg"))) == len(list((tmp_path / "d").glob("*.png"))) >= 5
+    pictures = list((tmp_path / "d").glob("*.png"))
+    assert len(list((tmp_path / "d").glob("*.svg"))) == len(pictures) >= 5
+    for picture in pictures:
+        check_png(picture)
     printed = call("diagnose", finished / "trajectory").stdout
     assert "random walk" in printed
     assert "model.layers.1.post_attention_layernorm.weight" in printed
     rows = json_of("backtest", finished / "trajectory", "--out", tmp_path / "b")["rows"]
     assert {row["method"] for row in rows} == {"relex", "anchored", "two-point"}
-    assert (tmp_path / "b/backtest.png").exists()
+    check_png(tmp_path / "b/backtest.png")
     assert "keeping" in call("backtest", finished / "trajectory").stdout
 
 

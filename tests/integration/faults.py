@@ -19,10 +19,7 @@ SCORING = os.environ.get("FAULT_SCORING", "")
 
 
 def _break(module: Any) -> None:
-    where, _, what = os.environ.get("FAULT", "").partition(":")
-    if module.__name__ != where:
-        return
-    owner, _, name = what.rpartition(".")
+    owner, _, name = os.environ["FAULT"].partition(":")[2].rpartition(".")
     target = getattr(module, owner) if owner else module
     getattr(target, name)  # a fault that hits nothing would prove nothing
 
@@ -69,8 +66,8 @@ def _disturb_answers(agent_loop: Any) -> None:
     loop.run, loop._score = late, judged
 
 
-for _name in ("relex_verl.pipeline.observer", "relex_verl.reporting.metrics", "relex_verl.reporting.report"):
-    wrapt.register_post_import_hook(_break, _name)
+if "FAULT" in os.environ:
+    wrapt.register_post_import_hook(_break, os.environ["FAULT"].partition(":")[0])
 if SCORING:
     wrapt.register_post_import_hook(_mark_validations, "relex_verl.verl_plugin.trainer")
     wrapt.register_post_import_hook(_disturb_answers, "verl_cpu.agent_loop")

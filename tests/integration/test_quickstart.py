@@ -2,21 +2,20 @@
 
 import json
 import shutil
-import struct
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from documentation import commands, is_run
-from harness import ROOT, load, training
-
-pytestmark = [pytest.mark.trainer, pytest.mark.timeout(1500)]
+from harness import ROOT, load, starts, training
+from wandb_files import records
 
 OUT = ROOT / "outputs" / "quickstart"
 
 
 def shell(command: str) -> str:
+    if "recipes/quickstart/run.sh" in command:
+        starts.append(command)
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout
@@ -69,35 +68,11 @@ def test_a_collapse_ends_in_keep_training(tmp_path: Path, said: dict[str, str]) 
     assert not (tmp_path / "relex" / "recommended").exists()
 
 
-def wandb_records(path: Path) -> Iterator[bytes]:
-    """The records of a .wandb file: LevelDB's log format behind a header of 7 bytes (wandb 0.31 ships no reader).
-
-    https://github.com/google/leveldb/blob/main/doc/log_format.md
-    """
-    content, offset, parts = path.read_bytes(), 7, b""
-    assert content[:4] == b":W&B"
-    while offset + 7 <= len(content):
-        room = 32768 - offset % 32768
-        if room < 7:
-            offset += room
-            continue
-        length, kind = struct.unpack("<HB", content[offset + 4 : offset + 7])
-        parts += content[offset + 7 : offset + 7 + length]
-        offset += 7 + length
-        if kind in (1, 4):  # whole, or last part
-            yield parts
-            parts = b""
-
-
 def test_wandb_holds_it_all(said: dict[str, str]) -> None:
     """Read back from W&B's own offline file, and the media files beside it."""
-    from wandb.proto import wandb_internal_pb2
-
     written = next((OUT / "wandb").rglob("run-*.wandb"))
     history, summary, artifacts, alerts = {}, {}, [], []
-    for data in wandb_records(written):
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
+    for record in records(written):
         for item in record.history.item:
             history[item.key or ".".join(item.nested_key)] = item.value_json
         for item in record.summary.update:

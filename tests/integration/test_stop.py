@@ -1,22 +1,14 @@
 """A run that ends at its cut: properly, with everything that a user needs to go on from there."""
 
-import contextlib
 import json
-import signal
-import subprocess
-import time
 from pathlib import Path
 
-import psutil
 import pytest
-from harness import VALIDATION_PROMPTS, Run, command, environment, load, run
-from test_quickstart import wandb_records
-
-pytestmark = [pytest.mark.trainer, pytest.mark.timeout(1200)]
+from harness import METRIC, VALIDATION_PROMPTS, Run, kill_as_soon_as, load, run
+from wandb_files import records
 
 STEPS, CUT = 6, 2
 RELEX = [f"relex.t_cut={CUT}", f"relex.targets=[{STEPS}]", "relex.max_candidates=1", "relex.on_cut=stop"]
-METRIC = "val-core/addition/acc/mean@1"
 
 
 def disturbed(out: Path, how: str, after: int = 0) -> dict[str, str]:
@@ -27,35 +19,8 @@ def disturbed(out: Path, how: str, after: int = 0) -> dict[str, str]:
 
 def exit_codes(out: Path) -> list[int]:
     """Of the W&B runs, as their own offline files say."""
-    from wandb.proto import wandb_internal_pb2
-
-    codes = []
-    for path in sorted((out / "wandb").rglob("run-*.wandb")):
-        for data in wandb_records(path):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            if record.HasField("exit"):
-                codes.append(record.exit.exit_code)
-    return codes
-
-
-def kill_while_it_scores(out: Path) -> None:
-    """Start a run that saves each step, keep its first validation waiting, and kill all of its processes."""
-    with open(out / "killed.txt", "w") as log:
-        line = command(out, STEPS, relex=RELEX, extra=["trainer.save_freq=1", "trainer.resume_mode=auto"])
-        env = environment(out, **disturbed(out, "hang"))
-        process = subprocess.Popen(line, cwd=out, env=env, stdout=log, stderr=log)
-        deadline = time.monotonic() + 500
-        while not (out / "scoring").exists():
-            assert process.poll() is None, (out / "killed.txt").read_text()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.send_signal(signal.SIGKILL)
-        process.wait()
-    (out / "scoring").unlink()
+    written = (record for path in sorted((out / "wandb").rglob("run-*.wandb")) for record in records(path))
+    return [record.exit.exit_code for record in written if record.HasField("exit")]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +30,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     The second start saves no checkpoint by itself, and validates every second step.
     """
     out = tmp_path_factory.mktemp("stop")
-    kill_while_it_scores(out)
+    saves = ["trainer.save_freq=1", "trainer.resume_mode=auto"]
+    kill_as_soon_as(out / "scoring", out, STEPS, env=disturbed(out, "hang"), relex=RELEX, extra=saves)
+    (out / "scoring").unlink()
     assert (out / "checkpoints" / "latest_checkpointed_iteration.txt").read_text() == str(CUT)
     assert not (out / "relex" / "report.json").exists()
     extra = ["trainer.save_freq=-1", "trainer.test_freq=2", "trainer.resume_mode=auto"]

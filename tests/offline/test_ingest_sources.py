@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from fakes import tiny_base
 from finished import STEPS, read, run, write_run
 from safetensors.torch import load_file
+from shell import call
 from stand_in_hub import serving
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -153,8 +154,12 @@ def test_verls_shards_through_verls_merger(sharded, tmp_path):
     assert {one.kind for one in find_checkpoints(root / "run")} == {"verl"}
     with pytest.raises(IngestError, match="--allow-pickle"):
         run(root)
-    trajectory = run(root, options=PICKLED)
-    assert trajectory.index.encoding == "bf16"  # the merger rounds
+    there = ("--base", root / "base", "--checkpoints", root / "run", "--out", root / "trajectory")
+    said = call("ingest", *there, "--allow-pickle")
+    assert said.exit_code == 0, said.output
+    assert "rounds the shards to bfloat16" in said.stderr
+    trajectory = Trajectory(root / "trajectory")
+    assert trajectory.index.encoding == "bf16"
     for step, true in sharded[1].items():
         for shard in replay.states(trajectory, step):
             assert torch.equal(shard.data, true[shard.name].flatten().bfloat16()), (step, shard.name)
@@ -199,27 +204,28 @@ def test_a_merger_without_space_names_the_place(sharded, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def hub(finished, monkeypatch, tmp_path_factory):
+def fetched():
+    """Files that the Hub was asked for."""
+    return []
+
+
+@pytest.fixture
+def hub(finished, fetched, monkeypatch, tmp_path_factory):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
-    with serving(finished / "run") as address:
+    with serving(finished / "run", fetched) as address:
         monkeypatch.setenv("HF_ENDPOINT", address)
         yield finished
 
 
-def test_revisions_of_a_hub_repository(hub, monkeypatch):
+def test_revisions_of_a_hub_repository(hub, fetched):
+    """Each is downloaded once."""
     local = run(hub, "local")
-    opened, download = [], sources._download
-
-    def recorded(place, temporary):
-        opened.append((place, temporary))
-        return download(place, temporary)
-
-    monkeypatch.setattr(sources, "_download", recorded)
     found = find_revisions("some/run", "step_{N}")
     assert [one.step for one in found] == list(STEPS)
     trajectory = ingest(str(hub / "base"), found, "hub:some/run", hub / "trajectory")
     assert torch.equal(replay.increment_gram(trajectory), replay.increment_gram(local))
-    assert [place for place, _ in opened] == [f"some/run@step_{step}" for step in STEPS]
+    weights = [file for file in fetched if file.endswith(".safetensors")]
+    assert weights == [f"global_step_{step}/model.safetensors" for step in STEPS]
     assert leftovers(hub) == []
 
 

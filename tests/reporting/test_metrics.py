@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from wandb_mock import WandbMock
 
 from relex_verl.maths.diagnostics import describe, half_backtest
 from relex_verl.maths.gram import delta_gram
@@ -81,39 +82,6 @@ def test_strict_json_holds_everything_that_is_finite(content: Any) -> None:
     assert json.loads(json.dumps(strict, allow_nan=False)) == json.loads(
         json.dumps(content), parse_constant=lambda word: None
     )
-
-
-class WandbMock:
-    """A mock of W&B: keeps what the plugin hands to its module and its run."""
-
-    def __init__(self) -> None:
-        self.run = SimpleNamespace(id="r1", summary={}, alert=self._alert, log_artifact=self._log_artifact)
-        self.logged: list[tuple[dict[str, Any], int]] = []
-        self.alerts: list[tuple[str, str]] = []
-        self.artifacts: dict[str, tuple[Any, list[str]]] = {}
-
-    Table = staticmethod(lambda columns, data: SimpleNamespace(columns=columns, data=data))
-    Image = staticmethod(lambda path: SimpleNamespace(path=path))
-
-    class Artifact:
-        def __init__(self, name: str, type: str, metadata: dict[str, Any], description: str) -> None:
-            self.name, self.type, self.metadata = name, type, metadata
-            self.added: list[tuple[Any, ...]] = []
-
-        def add_dir(self, folder: str) -> None:
-            self.added.append(("dir", folder))
-
-        def add_reference(self, uri: str, checksum: bool = True) -> None:
-            self.added.append(("reference", uri, checksum))
-
-    def log(self, data: dict[str, Any], step: int) -> None:
-        self.logged.append((data, step))
-
-    def _alert(self, title: str, text: str) -> None:
-        self.alerts.append((title, text))
-
-    def _log_artifact(self, artifact: Any, aliases: list[str]) -> None:
-        self.artifacts[artifact.name] = (artifact, aliases)
 
 
 def report_of(action: str, target: str | None) -> dict[str, Any]:

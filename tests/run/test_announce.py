@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pictures import check_page, check_png
 from stand_ins import CUT, Host
+from wandb_mock import WandbMock
 
 from relex_verl.run import announce
 from relex_verl.run.config import RelexConfig
@@ -25,8 +27,11 @@ def verdict() -> Verdict:
 
 def shown(folder: Path, verdict: Verdict, loggers: dict[str, Any]) -> dict[str, Any]:
     output = OutputFolder(folder)
-    found = announce.report(CUT, WINDOW, verdict, output, {output.path / "predicted" / "relex-step_20": {"target": 20}})
-    announce.show(output, loggers, CUT, found, {}, verdict)
+    written = output.path / "predicted" / "relex-step_20"
+    written.mkdir(parents=True, exist_ok=True)
+    (written / "relex.json").write_text('{"target": 20}')
+    found = announce.report(CUT, WINDOW, verdict, output, {written: {"target": 20}})
+    announce.show(output, loggers, CUT, {**found, "steps_saved": 16}, {}, verdict)
     return found
 
 
@@ -43,38 +48,36 @@ def test_a_cut_is_shown_at_the_top_and_kept_by_itself(tmp_path: Path, verdict: V
     shown(tmp_path, verdict, {})
     kept = tmp_path / "scores" / f"cut_{CUT}"
     assert (tmp_path / "report.html").read_text() == (kept / "report.html").read_text()
-    assert "data:image/png" in (kept / "report.html").read_text()
-    assert (tmp_path / "figures" / "scores.png").exists()
+    assert check_page(kept / "report.html") == 1
+    check_png(tmp_path / "figures" / "scores.png")
     names = {"observed-step_4", "relex-step_20", "relex-step_40"}
     assert {path.stem for path in kept.glob("*.json")} == names
 
 
-@pytest.mark.parametrize("loggers", [{}, {"console": object(), "tensorboard": object()}])
+@pytest.mark.parametrize("others", [{}, {"console": object(), "tensorboard": object()}])
 def test_wandb_gets_nothing_where_verl_does_not_log_to_it(
-    loggers: dict[str, Any], tmp_path: Path, verdict: Verdict, monkeypatch: pytest.MonkeyPatch
+    others: dict[str, Any], tmp_path: Path, verdict: Verdict, caplog: pytest.LogCaptureFixture
 ) -> None:
-    called: list[Any] = []
-    monkeypatch.setattr(announce.wandb, "log_cut", lambda *args: called.append(args))
-    shown(tmp_path, verdict, loggers)
-    assert called == []
-    shown(tmp_path, verdict, {**loggers, "wandb": "its backend"})
-    assert called[0][:2] == ("its backend", CUT)
-    assert called[0][3].keys() == {"scores"}
+    wandb = WandbMock()
+    shown(tmp_path, verdict, others)
+    assert wandb.logged == []
+    shown(tmp_path, verdict, {**others, "wandb": wandb})
+    ((logged, step),) = wandb.logged
+    assert step == CUT
+    assert "relex/figures/scores" in logged
+    assert wandb.artifacts.keys() == {"relex-step_20-r1"}
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_a_part_that_fails_takes_no_other_with_it(
-    tmp_path: Path, verdict: Verdict, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, verdict: Verdict, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(*_: Any) -> None:
-        raise RuntimeError("no font")
-
-    called: list[Any] = []
-    monkeypatch.setattr(announce, "horizon_figure", fail)
-    monkeypatch.setattr(announce.wandb, "log_cut", lambda *args: called.append(args))
+    (tmp_path / "figures").write_text("a file where the pictures' folder should be")
+    wandb = WandbMock()
     with caplog.at_level(logging.INFO, "relex_verl"):
-        shown(tmp_path, verdict, {"wandb": None})
+        shown(tmp_path, verdict, {"wandb": wandb})
     assert (tmp_path / "report.html").exists()
-    assert called
+    assert wandb.logged
     (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert warning.message == "RELEX: drawing the scores failed; the decision stands"
     assert warning.exc_info

@@ -112,7 +112,7 @@ def test_a_damaged_report_is_named(tmp_path: Path) -> None:
 
 
 def test_recommended_is_replaced_whole_and_goes_with_the_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("relex_verl.run.output.appears", Path.exists)
+    monkeypatch.setattr("relex_verl.run.output.appears", Path.exists)  # without a minute's patience
     output, first, second = OutputFolder(tmp_path), Prediction("relex", 20), Prediction("relex", 30)
     for prediction in (first, second):
         output.predicted(prediction).mkdir(parents=True)

@@ -13,6 +13,7 @@ from relex_verl.maths.extrapolators import Prediction
 from relex_verl.pipeline.observer import Observer
 from relex_verl.pipeline.prediction import extrapolate
 from relex_verl.trajectory import replay
+from relex_verl.trajectory.encodings.quantized import GROUP
 from relex_verl.trajectory.index import TrajectoryError
 from relex_verl.trajectory.kinds import KINDS
 from relex_verl.trajectory.store import Trajectory
@@ -109,9 +110,14 @@ def test_a_failed_step_of_a_sketch_ends_it(base: Path, tmp_path: Path) -> None:
 
 
 def test_memory_of_the_observer(base: Path, tmp_path: Path) -> None:
-    """State and increments only: nothing grows beside what the encoding says."""
+    """What follows from the shapes and from nothing else: a state, and for each row codes and scales of whole groups."""
     observer = train(tmp_path, base, "fp32-int8")
-    elements = sum(held.state.numel() for held in observer.held.values())
-    assert all(held.state.dtype == KINDS["fp32-int8"].dtype for held in observer.held.values())
-    codes = sum(packed.arrays["code"].nbytes for packed in observer.collector.packed)
-    assert codes <= len(STEPS) * (elements + 64 * len(observer.held))
+    numels = [tensor.numel() for tensor in weights_of(base).values()]
+    groups = sum(-(-numel // GROUP) for numel in numels)
+    assert [held.state.nbytes for held in observer.held.values()] == [4 * numel for numel in numels]
+    rows = [{name: array.nbytes for name, array in row.arrays.items()} for row in observer.collector.packed]
+    assert len(rows) == len(STEPS)
+    for row in rows:
+        assert (row["code"], row["scale"]) == (groups * GROUP, groups * 4)
+        figures = 8 * len(numels) * (len(STEPS) + 4)  # a row of H and a few counts for each tensor
+        assert sum(row.values()) <= groups * (GROUP + 4) + figures

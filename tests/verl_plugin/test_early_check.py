@@ -1,23 +1,11 @@
 """What is refused from the configuration alone, composed by Hydra with verl's own schema."""
 
-from pathlib import Path
-
 import pytest
-import verl
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from verl_config import composed
 
 from relex_verl.run.config import ConfigError
 from relex_verl.verl_plugin.early_check import EarlyCheck
 from relex_verl.verl_plugin.settings import checked_config
-
-CONFIG = str(Path(verl.__file__).parent / "trainer" / "config")
-
-
-def composed(*overrides: str, relex: str | None = "default") -> DictConfig:
-    chosen = [] if relex is None else [f"+relex={relex}"]
-    with initialize_config_dir(CONFIG, version_base=None):
-        return compose("ppo_trainer", [*chosen, "trainer.total_training_steps=100", *overrides])
 
 
 @pytest.mark.parametrize(

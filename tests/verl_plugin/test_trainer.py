@@ -1,15 +1,18 @@
 """The trainers' hooks on verl's own classes, with stand-ins below them: what happens to the rollout, and in which order.
 
-The same with verl's real trainer: tests/integration.
+Each trainer is made as verl makes it, from a composed configuration; what verl's `init` would start (Ray's workers, the
+TransferQueue, replicas that generate) cannot exist here, and neither can verl's methods that need it: `_validate` and
+`_save_checkpoint` of verl's base class are replaced. The same with verl's real trainer: tests/integration.
 """
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from omegaconf import OmegaConf
 from verl.trainer.ppo.v1 import PPOTrainer, get_trainer_cls
 from verl.trainer.ppo.v1.trainer_separate_async import HybridEngineMode
+from verl_config import composed
 
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.run.ranks import RelexError
@@ -31,7 +34,7 @@ class Replicas:
             self.log.append(f"{self.name}{method.removesuffix('_replicas')}")
             if method == self.fails:
                 raise OSError("a replica is gone")
-            return {}
+            return {"sync": 1.0} if method == "update_weights" else {}
 
         return call
 
@@ -70,10 +73,26 @@ def queue(log: list[str], monkeypatch: pytest.MonkeyPatch) -> Queue:
     return queue
 
 
-@pytest.fixture(params=["relex_sync", "relex_colocate_async", "relex_separate_async"])
-def host(request: pytest.FixtureRequest, log: list[str], queue: Queue, monkeypatch: pytest.MonkeyPatch) -> Any:
+# What verl's separate_async demands of a configuration.
+SEPARATE = [
+    "data.train_batch_size=8",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=8",
+    "trainer.v1.separate_async.parameter_sync_step=1",
+    "actor_rollout_ref.rollout.nnodes=1",
+    "actor_rollout_ref.rollout.n_gpus_per_node=1",
+    "actor_rollout_ref.rollout.checkpoint_engine.backend=nccl",
+]
+
+
+@pytest.fixture(params=["default", "colocate_async", "separate_async"])
+def host(
+    request: pytest.FixtureRequest, base: Path, log: list[str], queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> Any:
     """A trainer of each mode after step 4; nothing of verl below its hooks is started."""
-    host = object.__new__(get_trainer_cls(request.param))
+    model = [f"actor_rollout_ref.model.path={base}", "algorithm.adv_estimator=grpo"]
+    model += ["trainer.v1.colocate_async.num_warmup_batches=0", "trainer.v1.separate_async.num_warmup_batches=0"]
+    config = composed(*model, *(SEPARATE if request.param == "separate_async" else []), relex=request.param)
+    host: Any = get_trainer_cls(config.trainer.v1.trainer_mode)(config)
 
     def substitute(weights: Any) -> None:
         log.append(f"send {weights if weights is None or isinstance(weights, str) else weights.folder_name}")
@@ -90,11 +109,10 @@ def host(request: pytest.FixtureRequest, log: list[str], queue: Queue, monkeypat
     host.global_steps, host.total_training_steps = 4, 20
     host.checkpoint_manager = Replicas("", log)
     host.standalone_checkpoint_manager = Replicas("standalone ", log)
-    host.replay_buffer = SimpleNamespace(_wait_for_next_poll=None)
     host.val_dataset = [{"data_source": "sums"}]
     host.current_mode = HybridEngineMode.TRAINER
     host.timing_raw = {}
-    host._relex_probe, host._relex_saved_step = None, 0
+    host.prev_step_profile = False
     host._validate = validate
     host.add_replicas_to_balancer = host.remove_replicas_from_balancer = lambda: None
     monkeypatch.setattr(PPOTrainer, "_save_checkpoint", lambda self: log.append("save"))
@@ -122,7 +140,7 @@ def test_a_prediction_is_sent_as_long_as_verl_validates(host: Any, log: list[str
     assert host._relex_probe is None
 
 
-@pytest.mark.parametrize("host", ["relex_sync", "relex_colocate_async"], indirect=True)
+@pytest.mark.parametrize("host", ["default", "colocate_async"], indirect=True)
 def test_the_colocated_rollout_sleeps_before_it_gets_weights(host: Any, log: list[str]) -> None:
     host.relex_validate("observed", METRIC, 60.0)
     assert log == ["send observed", "abort", "sleep", "update_weights", "resume_generation", "validate", "send None"]
@@ -181,7 +199,7 @@ def test_a_failing_substitution_is_no_way_around_the_restore(host: Any, log: lis
         host.relex_restore()
 
 
-@pytest.mark.parametrize("host", ["relex_separate_async"], indirect=True)
+@pytest.mark.parametrize("host", ["separate_async"], indirect=True)
 @pytest.mark.parametrize("before", list(HybridEngineMode))
 @pytest.mark.parametrize("fails", ["", "update_weights", "resume_generation_replicas"])
 def test_hybrid_replicas_go_back_to_what_they_did(
@@ -225,7 +243,7 @@ def test_stop_ends_the_run_even_if_the_checkpoint_fails(
     assert log[-1] in ("resume_generation", "standalone update_weights")  # verl may validate this step
 
 
-def test_a_pending_cut_is_scored_as_of_the_step_that_was_resumed(host: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pending_cut_is_scored_as_of_the_step_that_was_resumed(host: Any) -> None:
     """verl has counted on to step 5 when it calls `on_train_begin`; the weights are those of step 4."""
     seen: list[Any] = []
     host.global_steps, host.relex.wants_scores = 5, True
@@ -233,25 +251,18 @@ def test_a_pending_cut_is_scored_as_of_the_step_that_was_resumed(host: Any, monk
         seen.append((step, trainer.global_steps)) or {"relex/val/x": 1.0}
     )
     host.logger = SimpleNamespace(log=lambda data, step: seen.append((data, step)))
-    host.config = OmegaConf.create(
-        {"skip": {"rollout_tq": {"enable": True}}, "trainer": {"v1": {host.verl_mode: {"num_warmup_batches": 1}}}}
-    )
     host.on_train_begin()
     assert seen == [(4, 4), ({"relex/val/x": 1.0}, 4)]
     assert host.global_steps == 5
 
 
-def test_metrics_of_the_scoring_join_those_of_verls_own_synchronisation(
-    host: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def synchronise(self: Any) -> None:
-        self._pending_sync_metrics = {"sync": 1.0}
-
-    monkeypatch.setattr(type(host).__mro__[2], "on_step_end", synchronise)
+def test_metrics_of_the_scoring_join_those_of_verls_own_synchronisation(host: Any) -> None:
+    """Only separate_async has any."""
     host.relex.wants_scores = True
     host.relex.on_rollout_ready = lambda step, trainer: {"relex/val/x": float(step)}
     host.on_step_end()
-    assert host._consume_sync_metrics() == {"sync": 1.0, "relex/val/x": 4.0}
+    synchronised = {"sync": 1.0} if separate(host) else {}
+    assert host._consume_sync_metrics() == {**synchronised, "relex/val/x": 4.0}
     assert host.timing_raw["relex_validation"] >= 0
 
 
