@@ -12,7 +12,7 @@ from relex_verl.maths.extrapolators import METHODS, Prediction
 from relex_verl.offline import analysis
 from relex_verl.pipeline import prediction as predicting
 from relex_verl.pipeline.prediction import write_checkpoint
-from relex_verl.reporting.provenance import provenance, versions
+from relex_verl.reporting.provenance import Checkout, Provenance
 from relex_verl.trajectory import replay
 from relex_verl.trajectory.index import step_ranges
 from relex_verl.trajectory.store import Trajectory
@@ -68,10 +68,9 @@ def checkout(
     with clear_errors():
         opened = Trajectory(trajectory)
         error = replay.error_bound(opened, step)
-        provenance = {"base_model": opened.index.base_model, "step": step, "max_error": error}
-        provenance |= {"trajectory": str(trajectory.resolve()), "versions": versions()}
+        facts = Checkout.of(step, error, opened.index.base_model, trajectory.resolve()).to_json()
         with element_bar(opened, f"step {step}") as advance:
-            write_checkpoint(opened, replay.states(opened, step), out, provenance, opened.kind.dtype, advance)
+            write_checkpoint(opened, replay.states(opened, step), out, facts, opened.kind.dtype, advance)
     if as_json:
         print_json({"step": step, "path": str(out), "max_error": error})
         return
@@ -101,7 +100,7 @@ def extrapolate(
         for one in methods_of(method):
             for step in targets:
                 prediction = Prediction(one, step, rank, fit_from)
-                facts = provenance(opened.index.base_model, prediction, t_cut, steps, trajectory.resolve())
+                facts = Provenance.of(prediction, opened.index.base_model, t_cut, steps, trajectory.resolve())
                 folder = out / prediction.folder_name
                 with element_bar(opened, prediction.folder_name) as advance:
                     shards = predicting.extrapolate(opened, t_cut, prediction)
@@ -130,12 +129,11 @@ def reconstruct(
     with clear_errors():
         opened = Trajectory(trajectory)
         observed = analysis.observed_until(opened, t_cut)
-        provenance = {"base_model": opened.index.base_model, "method": "reconstruction", "rank": rank, "step": step}
-        provenance |= {"t_cut": observed[-1], "target": step, "observed_steps": observed}
-        provenance |= {"trajectory": str(trajectory.resolve()), "versions": versions()}
+        place = trajectory.resolve()
+        facts = Provenance.of_reconstruction(step, rank, opened.index.base_model, observed, place).to_json()
         shards = analysis.reconstruct(opened, step, rank, t_cut)
         with element_bar(opened, f"rank {rank}, step {step}") as advance:
-            write_checkpoint(opened, shards, Path(out), provenance, progress=advance)
+            write_checkpoint(opened, shards, Path(out), facts, progress=advance)
     if as_json:
         print_json({"path": str(out), "rank": rank, "step": step})
         return

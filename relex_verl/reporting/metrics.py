@@ -9,7 +9,7 @@ import torch
 from relex_verl.maths.diagnostics import describe, random_walk, summary
 from relex_verl.maths.window import Window
 
-__all__ = ["fit_report", "step_metrics", "strict"]
+__all__ = ["fit_report", "step_metrics"]
 
 
 def step_metrics(
@@ -62,15 +62,6 @@ def fit_report(window: Window, shapes: Sequence[Sequence[int]], rank: int) -> di
         "random_walk_null": {name: _defined(values_1.item()) for name, values_1 in null.items()},
         "tensors": rows,
     }
-
-
-def strict(content: Any) -> Any:
-    """The same as JSON knows it: numbers that are not finite become null, which JSON has no word for."""
-    if isinstance(content, Mapping):
-        return {str(key): strict(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [strict(value) for value in content]
-    return _defined(content) if isinstance(content, float) else content
 
 
 def _defined(value: float) -> float | None:

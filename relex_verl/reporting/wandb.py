@@ -1,9 +1,10 @@
 """A cut in Weights & Biases, through the run that the host holds: this module imports no wandb."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from relex_verl.reporting.provenance import Provenance
 
 __all__ = ["UPLOAD_LIMIT", "log_cut"]
 
@@ -47,7 +48,7 @@ def _wandb_table(wandb: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _log_artifact(wandb: Any, folder: Path, recommended: bool) -> None:
-    metadata = json.loads((folder / "relex.json").read_text())
+    metadata = Provenance.read(folder / "relex.json").to_json()
     artifact = wandb.Artifact(
         f"{folder.name}-{wandb.run.id}", type="model", metadata=metadata, description="RELEX prediction"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from relex_verl.reporting import wandb
-from relex_verl.reporting.provenance import versions
+from relex_verl.reporting.provenance import Provenance, versions
 from relex_verl.reporting.report import horizon_figure, write_html
 from relex_verl.run.cut import Verdict
 from relex_verl.run.output import OutputFolder
@@ -32,7 +32,7 @@ def report(
     window: Mapping[str, Any],
     verdict: Verdict,
     output: OutputFolder,
-    written: Mapping[Path, Mapping[str, Any]],
+    written: Mapping[Path, Provenance],
 ) -> dict[str, Any]:
     """What report.json says of a cut by itself.
 
@@ -50,7 +50,7 @@ def report(
         "recommended_path": None if verdict.winner is None else str(output.path / "recommended"),
         "validation_scores": verdict.rows(t_cut),
         "screened_out": verdict.screened_out,
-        "predictions": [{"path": str(folder), **provenance} for folder, provenance in written.items()],
+        "predictions": [{"path": str(folder), **provenance.to_json()} for folder, provenance in written.items()],
         "backtests": window["backtests"],
         "fits": window["fits"],
         "versions": versions(),

@@ -10,7 +10,7 @@ from typing import Any
 from relex_verl.maths.advice import Advice, unscored
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.pipeline.resuming import appears
-from relex_verl.reporting.provenance import provenance
+from relex_verl.reporting.provenance import Provenance
 from relex_verl.run import announce
 from relex_verl.run.budget import predictions_to_write
 from relex_verl.run.config import Plan, RelexConfig
@@ -51,7 +51,7 @@ class RelexCallback:
         self._schedule: Schedule | None = None
         self._metrics: dict[str, float] = {}  # of the step that was observed last
         self._window: dict[str, Any] | None = None  # of a cut whose predictions are still to be scored
-        self._written: dict[Path, dict[str, Any]] = {}  # folders of this cut's predictions -> provenance
+        self._written: dict[Path, Provenance] = {}  # folders of this cut's predictions
         self._log: Any = None
 
     @property
@@ -235,9 +235,9 @@ class RelexCallback:
 
     def _write(self, prediction: Prediction, steps: list[int]) -> None:
         trajectory = self._output.path / "trajectory"
-        facts = provenance(self._run.base_model, prediction, self.plan.t_cut, steps, trajectory)
+        facts = Provenance.of(prediction, self._run.base_model, self.plan.t_cut, steps, trajectory)
         folder = self._output.predicted(prediction)
-        self._ranks.ask("relex_write", prediction, folder, facts)
+        self._ranks.ask("relex_write", prediction, folder, facts.to_json())
         self._written[folder] = facts
 
     def _restore(self, step: int, host: Host) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.pipeline.resuming import appears
-from relex_verl.reporting.metrics import strict
+from relex_verl.reporting.records import strict
 from relex_verl.run.config import ConfigError
 from relex_verl.run.validation import Validation
 from relex_verl.trajectory.files import write_json
