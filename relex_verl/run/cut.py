@@ -1,7 +1,7 @@
 """One cut: score the predictions in the run and decide. No predicted checkpoint is recommended unless it won."""
 
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from relex_verl.maths.advice import Advice, advise, decides, unscored
@@ -37,7 +37,7 @@ class Verdict:
     @property
     def winner(self) -> Prediction | None:
         """The recommended prediction."""
-        return next((one for one, _ in self.scored if one.folder_name == self.advice.target), None)
+        return self.advice.target
 
     def validations(self, t_cut: int) -> dict[str, Validation]:
         """Name -> validation, the last observed weights first."""
@@ -132,12 +132,7 @@ class _Scoring:
         best = max(candidates, key=lambda one: one.score)
         prediction = self._prediction(best.method, best.target)
         validation = next(validation for one, validation in verdict.scored if one == prediction)
-        name, theirs, ours = prediction.folder_name, hold.prompts, validation.prompts
-        advice = advise(name, ours, theirs, plan.t_cut, config.confidence, share)
-        if advice.action == "stop" and validation.score <= hold.score:  # won on one half only
-            reason = advice.reason.replace("Stop", "Keep training", 1) + ", but not on all prompts"
-            return replace(advice, action="keep_training", target=None, reason=reason)
-        return advice
+        return advise(prediction, validation, hold, plan.t_cut, config.confidence, share)
 
     def _prediction(self, method: str, target: int) -> Prediction:
         return Prediction(method, target, self.config.rank, self.config.fit_from)
