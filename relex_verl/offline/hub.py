@@ -4,11 +4,13 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from relex_verl.maths.extrapolators import METHODS
 from relex_verl.offline.baselines import SOURCES
+from relex_verl.reporting.findings import CutReport
 from relex_verl.reporting.provenance import Provenance
 from relex_verl.reporting.records import RecordError
 from relex_verl.trajectory.index import step_ranges
@@ -162,12 +164,11 @@ def _scores(checkpoint: Path, provenance: Provenance) -> dict[str, float] | None
     for out in (here.parent.parent, here.parent):
         for path in (out / "scores" / f"cut_{provenance.t_cut}" / "report.json", out / "report.json"):
             try:
-                report = json.loads(path.read_text())
-            except (OSError, ValueError):
+                report = CutReport.read(path)
+            except (OSError, RecordError):
                 continue
-            rows = [row for row in report.get("validation_scores") or [] if isinstance(row.get("score"), int | float)]
-            wanted = {"method": provenance.method, "target": provenance.target}
-            scored = any({key: row.get(key) for key in wanted} == wanted for row in rows)
-            if scored and report.get("t_cut") == provenance.t_cut:
-                return {row["name"]: row["score"] for row in rows}
+            rows = [row for row in report.validation_scores if isfinite(row.score)]
+            scored = any((row.method, row.target) == (provenance.method, provenance.target) for row in rows)
+            if scored and report.t_cut == provenance.t_cut:
+                return {row.name: row.score for row in rows}
     return None
