@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +119,7 @@ class RelexCallback:
             return
         held = self._ranks.ask_or_refuse("relex_open", step)
         if not appears(self._output.index):
-            folder = self._output.path
-            raise TrajectoryError(f"the driver does not see relex.output_dir={folder}: use a shared file system")
+            raise TrajectoryError(f"the driver sees no relex.output_dir={self._output.path}: use a shared file system")
         if held:
             logger.info("RELEX: goes on after step %d, with %d observed steps", step, len(held))
         elif step:
@@ -191,13 +189,12 @@ class RelexCallback:
         findings, self._findings = self._findings, None
         assert findings is not None
         try:
-            share = self.schedule.alpha_share
-            verdict: Verdict | None = self._guard(lambda: decide(host, self.config, self.plan, findings, share))
+            verdict: Verdict | None = self._guard(
+                lambda: decide(host, self.config, self.plan, findings, self.schedule.alpha_share)
+            )
         finally:
             self._restore(step, host)
-        if verdict is None:
-            return {}
-        return self._guard(partial(self._conclude, step, findings, verdict, host)) or {}
+        return {} if verdict is None else self._guard(lambda: self._conclude(step, findings, verdict, host)) or {}
 
     def on_train_end(self) -> None:
         """The run is over, by whatever way."""
@@ -219,10 +216,9 @@ class RelexCallback:
     def _observe(self, step: int) -> dict[str, float]:
         self._metrics = self._ranks.ask("relex_observe", step)
         if step == self.plan.t_cut:
-            findings = self._fit()
-            if self.config.validate_targets:
-                self._findings = findings
-            else:
+            findings = self._findings = self._fit()
+            if not self.config.validate_targets:
+                self._findings = None
                 self._conclude(step, findings, Verdict(unscored("relex.validate_targets=false")), None)
         return self._metrics
 
