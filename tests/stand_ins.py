@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from math import nan
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from relex_verl.maths.extrapolators import Prediction
+from relex_verl.reporting.findings import Findings, Fits
 from relex_verl.run.callback import RelexCallback
 from relex_verl.run.config import RelexConfig
 from relex_verl.run.protocol import Answer, RunFacts, Started
@@ -68,12 +70,11 @@ class Workers:
 
     def _relex_observe(self, step: int) -> dict[str, float]:
         self._write([*self.steps, step])
-        return {"relex/changed_share": 0.1, "relex/drift": float("nan")}
+        return {"relex/changed_share": 0.1, "relex/drift": nan}
 
-    def _relex_fit(self, methods: list[str], targets: list[int]) -> dict[str, Any]:
-        fits = {"summary": {}, "random_walk_null": {"drift": float("nan")}, "tensors": [{"tensor": "w", "shape": [1]}]}
-        backtests = {"backtests": dict.fromkeys(methods, 0.5), "drift": 0.1, "agreement": 0.9}
-        return {"fits": fits, "steps": self.steps, "figures": {}, **backtests}
+    def _relex_fit(self, methods: list[str], targets: list[int]) -> Findings:
+        fits = Fits(summary={}, random_walk_null={"drift": nan}, tensors=[{"tensor": "w", "shape": [1]}])
+        return Findings(self.steps, fits, dict.fromkeys(methods, 0.5), drift=0.1, agreement=0.9, figures={})
 
     def _relex_write(self, prediction: Prediction, folder: Path, provenance: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,12 @@
 """What a run left on disk, scored, as a table."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
 from schedule import Schedule
 
-PREDICTED = re.compile(r"(?P<method>.+)-step_(?P<step>\d+)")
+from relex_verl.reporting.provenance import Provenance
 
 
 @dataclass
@@ -22,12 +21,12 @@ class Checkpoint:
 
 def predicted(out: Path) -> list[Checkpoint]:
     """All predicted checkpoints of the run, by method and step."""
-    found = []
-    for folder in (out / "relex" / "predicted").glob("*-step_*"):
-        match = PREDICTED.fullmatch(folder.name)
-        if match and (folder / "config.json").exists():
-            found.append(Checkpoint(f"predicted ({match['method']})", int(match["step"]), folder))
-    return sorted(found, key=lambda one: (one.origin, one.step))
+    checkpoints = []
+    for path in (out / "relex" / "predicted").glob("[!.]*/relex.json"):
+        made = Provenance.read(path)
+        if made.target is not None:
+            checkpoints.append(Checkpoint(f"predicted ({made.method})", made.target, path.parent))
+    return sorted(checkpoints, key=lambda checkpoint: (checkpoint.origin, checkpoint.step))
 
 
 def trained(out: Path, schedule: Schedule) -> list[Checkpoint]:

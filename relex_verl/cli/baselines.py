@@ -16,7 +16,7 @@ from relex_verl.offline.baselines.alpharl import alpharl
 from relex_verl.offline.baselines.coefficient_transformer import TransformerSettings, transformer_tensors
 from relex_verl.offline.baselines.next_extrapolation import NextSettings, fit_next, next_tensors
 from relex_verl.offline.baselines.weight_extrapolation import weight_extrapolation
-from relex_verl.reporting.provenance import versions
+from relex_verl.reporting.provenance import Provenance
 from relex_verl.trajectory.shards import TensorShard
 from relex_verl.trajectory.store import Trajectory
 
@@ -42,7 +42,7 @@ class AddTo(str, Enum):
 
 @dataclass
 class _Predictions:
-    """Those that one command writes: OUT/<method>-<suffix>/ with relex.json (DESIGN: its keys, and `settings`)."""
+    """Those that one command writes: OUT/<method>-<suffix>/ with relex.json and its `settings`."""
 
     trajectory: Trajectory
     cut: int
@@ -58,17 +58,8 @@ class _Predictions:
         self, method: str, suffix: str, target: int | None, shards: Iterable[TensorShard], settings: dict[str, Any]
     ) -> None:
         """One of them, with a bar."""
-        facts = {
-            "base_model": self.trajectory.index.base_model,
-            "method": method,
-            "rank": 1,
-            "t_cut": self.cut,
-            "target": target,
-            "observed_steps": self.steps,
-            "trajectory": str(self.trajectory.folder.resolve()),
-            "settings": settings,
-            "versions": versions(),
-        }
+        base_model, place = self.trajectory.index.base_model, self.trajectory.folder.resolve()
+        facts = Provenance.of_baseline(method, target, settings, base_model, self.cut, self.steps, place)
         name = f"{method}-{suffix}"
         with element_bar(self.trajectory, name) as advance:
             write_prediction(self.trajectory, shards, self.out / name, facts, advance)

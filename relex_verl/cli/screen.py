@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from relex_verl.offline.ingest import IngestError
-from relex_verl.reporting.metrics import strict
+from relex_verl.reporting.records import strict
 from relex_verl.trajectory.index import TrajectoryError
 from relex_verl.trajectory.store import Trajectory
 

@@ -11,7 +11,7 @@ from relex_verl.maths.diagnostics import describe, random_walk, summary
 from relex_verl.maths.extrapolators import METHODS
 from relex_verl.offline import analysis, face
 from relex_verl.pipeline.prediction import write_checkpoint
-from relex_verl.reporting.provenance import versions
+from relex_verl.reporting.provenance import Checkout
 from relex_verl.trajectory import replay
 from relex_verl.trajectory.index import step_ranges
 from relex_verl.trajectory.store import Trajectory
@@ -67,10 +67,9 @@ def checkout(
     with clear_errors():
         opened = Trajectory(trajectory)
         error = replay.error_bound(opened, step)
-        provenance = {"base_model": opened.index.base_model, "step": step, "max_error": error}
-        provenance |= {"trajectory": str(trajectory.resolve()), "versions": versions()}
+        facts = Checkout.of(step, error, opened.index.base_model, trajectory.resolve()).to_json()
         with element_bar(opened, f"step {step}") as advance:
-            write_checkpoint(opened, replay.states(opened, step), out, provenance, opened.kind.dtype, advance)
+            write_checkpoint(opened, replay.states(opened, step), out, facts, opened.kind.dtype, advance)
     if as_json:
         print_json({"step": step, "path": str(out), "max_error": error})
         return

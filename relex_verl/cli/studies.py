@@ -66,14 +66,13 @@ def diagnose(
         chosen = tensors_of(tensor, opened.names) if tensor else []
         figures = diagnosis_figures(out, window, targets, chosen) if out else {}
     if as_json:
-        print_json(
-            {"steps": list(window.steps), **fits, "figures": {name: str(path) for name, path in figures.items()}}
-        )
+        shown = {name: str(path) for name, path in figures.items()}
+        print_json({"steps": list(window.steps), **vars(fits), "figures": shown})
         return
-    table = [{**row, "shape": "x".join(map(str, row["shape"]))} for row in fits["tensors"]]
+    table = [{**row, "shape": "x".join(map(str, row["shape"]))} for row in fits.tensors]
     blank = dict.fromkeys(table[0])
     console.print(
-        table_of("tensors", [*table, {**blank, "tensor": "random walk", "shape": "", **fits["random_walk_null"]}])
+        table_of("tensors", [*table, {**blank, "tensor": "random walk", "shape": "", **fits.random_walk_null}])
     )
     for name, path in figures.items():
         console.print(f"{name}: {path}", highlight=False, soft_wrap=True)

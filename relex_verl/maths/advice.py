@@ -1,17 +1,21 @@
 """Whether to stop: a decision from validation scores, never from how good a fit looks.
 
 The search has picked its winner on one half of the prompts, so its score there is too good. The decision is taken on the
-other half, by a paired test against the last observed weights on the same prompts.
+other half, by a paired test against the last observed weights on the same prompts; a win there that all prompts together
+do not bear out is none.
 """
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import comb
+from typing import Protocol
 
 import torch
 
-__all__ = ["Advice", "advise", "alpha_share", "decides", "paired_p_value", "unscored"]
+from relex_verl.maths.extrapolators import Prediction
+
+__all__ = ["Advice", "Scores", "advise", "alpha_share", "decides", "paired_p_value", "unscored"]
 
 EXACT = 14  # differences whose signs are enumerated
 DRAWS = 99_999
@@ -24,7 +28,7 @@ class Advice:
 
     Attributes:
         action: "stop" (a prediction was scored and won), "keep_training" (none did), "unscored" (nothing to decide on).
-        target: folder name of the recommended prediction, None when none is recommended.
+        target: the recommended prediction, None when none is recommended.
         reason: one plain sentence, with the numbers.
         score, hold_score: of the prediction and of the last observed weights, on the deciding half; None when unscored.
         prompts: number of prompts in the deciding half.
@@ -33,13 +37,25 @@ class Advice:
     """
 
     action: str
-    target: str | None
+    target: Prediction | None
     reason: str
     score: float | None = None
     hold_score: float | None = None
     prompts: int = 0
     p_value: float | None = None
     alpha: float | None = None
+
+
+class Scores(Protocol):
+    """What a validation of some weights gave."""
+
+    @property
+    def score(self) -> float:
+        """Of all prompts, as the run's own metric counts it."""
+
+    @property
+    def prompts(self) -> Mapping[str, float]:
+        """Prompt -> score; only prompts that came back."""
 
 
 def decides(prompt: str) -> bool:
@@ -103,39 +119,36 @@ def paired_p_value(differences_N: torch.Tensor) -> float:
 
 
 def advise(
-    name: str,
-    candidate: Mapping[str, float],
-    hold: Mapping[str, float],
-    t_cut: int,
-    confidence: float,
-    share: float = 1.0,
+    prediction: Prediction, candidate: Scores, hold: Scores, t_cut: int, confidence: float, share: float = 1.0
 ) -> Advice:
-    """Compare the search's winner with the last observed weights on the deciding half.
+    """Compare the search's winner with the last observed weights: tested on the deciding half, better on all prompts.
 
     Args:
-        name: of the candidate.
-        candidate: prompt -> score, all prompts.
-        hold: prompt -> score of the last observed weights.
+        prediction: the candidate.
+        candidate: its scores.
+        hold: those of the last observed weights.
         t_cut: the last observed step.
         confidence: of the whole run; 0.95 allows alpha = 0.05 over all its cuts.
         share: of alpha that this cut may spend, see `alpha_share`.
     """
-    prompts = [prompt for prompt in hold if prompt in candidate and decides(prompt)]
+    prompts = [prompt for prompt in hold.prompts if prompt in candidate.prompts and decides(prompt)]
     if not prompts:
         return unscored("no validation prompt was scored with both weights")
-    ours = torch.tensor([candidate[prompt] for prompt in prompts], dtype=torch.float64)
-    theirs = torch.tensor([hold[prompt] for prompt in prompts], dtype=torch.float64)
+    ours = torch.tensor([candidate.prompts[prompt] for prompt in prompts], dtype=torch.float64)
+    theirs = torch.tensor([hold.prompts[prompt] for prompt in prompts], dtype=torch.float64)
     p_value, alpha = paired_p_value(ours - theirs), (1 - confidence) * share
-    won = bool(ours.mean() > theirs.mean()) and p_value < alpha
+    won_half = bool(ours.mean() > theirs.mean()) and p_value < alpha
+    won = won_half and candidate.score > hold.score
     p_text = "p<0.001" if p_value < 0.001 else f"p={p_value:.3f}"
     asked = f", p<{alpha:.2g} needed" if share < 1 else ""  # where it is not what the user configured
     reason = (
-        f"{'Stop' if won else 'Keep training'}: {name} scores {ours.mean():.3f} against {theirs.mean():.3f} of step "
-        f"{t_cut} (n={len(prompts)}, {p_text}{asked})"
+        f"{'Stop' if won else 'Keep training'}: {prediction.folder_name} scores {ours.mean():.3f} against "
+        f"{theirs.mean():.3f} of step {t_cut} (n={len(prompts)}, {p_text}{asked})"
+        f"{', but not on all prompts' if won_half and not won else ''}"
     )
     return Advice(
         "stop" if won else "keep_training",
-        name if won else None,
+        prediction if won else None,
         reason,
         ours.mean().item(),
         theirs.mean().item(),

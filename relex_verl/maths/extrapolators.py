@@ -261,7 +261,7 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Prediction:
-    """What to predict: one method, one target step, from the rows from step `fit_from` on."""
+    """What to predict: one method, one target step, from the rows from step `fit_from` on (0 and 1 are all of them)."""
 
     method: str
     target: int
@@ -272,6 +272,18 @@ class Prediction:
     def folder_name(self) -> str:
         """Name of its checkpoint folder."""
         return f"{self.method}-step_{self.target}"
+
+    @classmethod
+    def of_folder(cls, name: str) -> "Prediction":
+        """What a folder's name says: method and target; rank and first step it does not know.
+
+        Raises:
+            ValueError: another name.
+        """
+        method, _, step = name.rpartition("-step_")
+        if not method or not step.isdecimal():
+            raise ValueError(f"{name!r} is no prediction's name, such as 'relex-step_500'")
+        return cls(method, int(step))
 
 
 def fit_weights(window: Window, prediction: Prediction) -> torch.Tensor:

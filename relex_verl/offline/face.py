@@ -15,7 +15,7 @@ from relex_verl.offline.ingest import Options, checkpoints_in, select_steps
 from relex_verl.offline.ingest import ingest as ingest_checkpoints
 from relex_verl.pipeline import prediction as predicting
 from relex_verl.reporting.metrics import fit_report
-from relex_verl.reporting.provenance import provenance, versions
+from relex_verl.reporting.provenance import Provenance
 from relex_verl.trajectory.store import Trajectory
 
 __all__ = ["Diagnosis", "diagnose", "extrapolate", "ingest", "reconstruct"]
@@ -128,7 +128,7 @@ def extrapolate(
     if target <= cut:
         raise ValueError(f"target {target} is not after t_cut {cut}: give a later step, or cut earlier")
     prediction = Prediction(method, target, rank, fit_from)
-    facts = provenance(opened.index.base_model, prediction, cut, observed, opened.folder.resolve())
+    facts = Provenance.of(prediction, opened.index.base_model, cut, observed, opened.folder.resolve())
     shards = predicting.extrapolate(opened, cut, prediction)
     return analysis.write_prediction(opened, shards, Path(out) / prediction.folder_name, facts, progress)
 
@@ -165,9 +165,8 @@ def reconstruct(
     """
     opened = _opened(trajectory)
     observed = analysis.observed_until(opened, t_cut)
-    facts = {"base_model": opened.index.base_model, "method": "reconstruction", "rank": rank, "step": step}
-    facts |= {"t_cut": observed[-1], "target": step, "observed_steps": observed}
-    facts |= {"trajectory": str(opened.folder.resolve()), "versions": versions()}
+    place = opened.folder.resolve()
+    facts = Provenance.of_reconstruction(step, rank, opened.index.base_model, observed, place).to_json()
     shards = analysis.reconstruct(opened, step, rank, t_cut)
     return predicting.write_checkpoint(opened, shards, Path(out), facts, progress=progress)
 
@@ -193,7 +192,7 @@ def diagnose(
     window = analysis.window(opened, t_cut, fit_from)
     shapes = [opened.index.tensors[name] for name in opened.names]
     fits = fit_report(window, shapes, rank)
-    return Diagnosis(list(window.steps), fits["tensors"], fits["summary"], fits["random_walk_null"])
+    return Diagnosis(list(window.steps), fits.tensors, fits.summary, fits.random_walk_null)
 
 
 def _opened(trajectory: Trajectory | Folder) -> Trajectory:

@@ -3,11 +3,16 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from relex_verl.maths.extrapolators import METHODS
 from relex_verl.offline.baselines import SOURCES
+from relex_verl.reporting.findings import CutReport
+from relex_verl.reporting.provenance import Provenance
+from relex_verl.reporting.records import RecordError
 from relex_verl.trajectory.index import step_ranges
 
 __all__ = ["ShareError", "model_card", "push"]
@@ -37,14 +42,14 @@ def push(checkpoint: Path, repo: str, private: bool = False, api: Any = None) ->
 
     provenance = _provenance(checkpoint)
     api = api or HfApi()
-    licence, scores = _licence(provenance["base_model"], api), _scores(checkpoint, provenance)
+    licence, scores = _licence(provenance.base_model, api), _scores(checkpoint, provenance)
     beside = {
         "README.md": model_card(checkpoint.name, provenance, licence, scores),
-        "relex.json": json.dumps(_without_places(provenance), indent=1) + "\n",
+        "relex.json": json.dumps(_without_places(provenance).to_json(), indent=1) + "\n",
     }
     try:
         address = api.create_repo(repo, private=private, exist_ok=True, repo_type="model")
-        message = f"{provenance['method']}, from steps up to {provenance['t_cut']}"
+        message = f"{provenance.method}, from steps up to {provenance.t_cut}"
         api.upload_folder(
             repo_id=repo, folder_path=str(checkpoint), commit_message=message, ignore_patterns=list(beside)
         )
@@ -57,13 +62,13 @@ def push(checkpoint: Path, repo: str, private: bool = False, api: Any = None) ->
 
 
 def model_card(
-    name: str, provenance: Mapping[str, Any], licence: str | None, scores: Mapping[str, float] | None = None
+    name: str, provenance: Provenance, licence: str | None, scores: Mapping[str, float] | None = None
 ) -> str:
     """The README of a predicted checkpoint: what it is, what it was made from, and whether anyone scored it.
 
     Args:
         name: of the checkpoint.
-        provenance: as in `relex.json`.
+        provenance: what `relex.json` says.
         licence: of the base model; None when it could not be found out.
         scores: candidate -> validation score, if it was scored.
     """
@@ -78,29 +83,28 @@ def model_card(
         scored += "\n".join(f"| {who} | {score:.4g} |" for who, score in scores.items())
     else:
         scored = "Nobody scored it. Compare it with the checkpoint of the last observed step before you use it."
-    target = provenance["target"]
+    target = provenance.target
     rows = {
         "base model": base,
-        "method": f"{provenance['method']}, rank {provenance.get('rank', '-')}",
-        "fitted on steps": step_ranges(provenance.get("observed_steps", [])),
-        "cut": provenance["t_cut"],
+        "method": f"{provenance.method}, rank {provenance.rank}",
+        "fitted on steps": step_ranges(provenance.observed_steps),
+        "cut": provenance.t_cut,
         "predicted step": "-" if target is None else target,
-        "versions": ", ".join(f"{package} {number}" for package, number in provenance.get("versions", {}).items()),
+        "versions": ", ".join(f"{package} {number}" for package, number in provenance.versions.items()),
         "licence": licence or "see the base model",
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    title = name if target is None else f"{provenance['method']}-step_{target}"
+    title = name if target is None else f"{provenance.method}-step_{target}"
     return f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{_origin(provenance)}\n\n| | |\n| --- | --- |\n{table}\n\n{scored}\n"
 
 
-def _origin(provenance: Mapping[str, Any]) -> str:
+def _origin(provenance: Provenance) -> str:
     """How the weights came to be, in a sentence that credits whose method it was."""
-    method, target, cut = provenance["method"], provenance["target"], provenance["t_cut"]
+    method, target, cut = provenance.method, provenance.target, provenance.t_cut
     if method == "reconstruction":
-        rank = provenance.get("rank", 1)
-        made = f"they are the rank-{rank} part of step {target} of a GRPO run, over its steps up to {cut}"
+        made = f"they are the rank-{provenance.rank} part of step {target} of a GRPO run, over its steps up to {cut}"
     elif target is None:
-        wanted = provenance.get("settings", {}).get("wanted", "another one")
+        wanted = (provenance.settings or {}).get("wanted", "another one")
         made = f"they were extrapolated from the first {cut} steps of a GRPO run to a score of {wanted}"
     else:
         made = f"they were extrapolated to step {target} of a GRPO run from its first {cut} steps"
@@ -114,31 +118,25 @@ def _source(method: str) -> str:
     return re.sub(r"arXiv:([\d.]+\d)", r"[arXiv:\1](https://arxiv.org/abs/\1)", source)
 
 
-def _base_name(provenance: Mapping[str, Any]) -> tuple[str, bool]:
+def _base_name(provenance: Provenance) -> tuple[str, bool]:
     """What to call the base, and whether it is a folder of this machine."""
-    base = str(provenance["base_model"])
+    base = provenance.base_model
     local = Path(base).is_absolute() or Path(base).is_dir()
     return (Path(base).name if local else base), local
 
 
-def _without_places(provenance: Mapping[str, Any]) -> dict[str, Any]:
+def _without_places(provenance: Provenance) -> Provenance:
     """The same with names instead of paths."""
-    kept = {**provenance, "base_model": _base_name(provenance)[0]}
-    if "trajectory" in kept:
-        kept["trajectory"] = Path(str(kept["trajectory"])).name
-    return kept
+    return replace(provenance, base_model=_base_name(provenance)[0], trajectory=Path(provenance.trajectory).name)
 
 
-def _provenance(checkpoint: Path) -> dict[str, Any]:
+def _provenance(checkpoint: Path) -> Provenance:
     try:
-        provenance: dict[str, Any] = json.loads((checkpoint / "relex.json").read_text())
+        provenance = Provenance.read(checkpoint / "relex.json")
     except FileNotFoundError:
         raise ShareError(f"{checkpoint} has no relex.json: give a folder that `relex-verl extrapolate` wrote") from None
-    except json.JSONDecodeError as error:
-        raise ShareError(f"{checkpoint}/relex.json is damaged: {error}") from None
-    missing = [key for key in ("base_model", "method", "t_cut", "target") if key not in provenance]
-    if missing:
-        raise ShareError(f"{checkpoint}/relex.json lacks {missing[0]}: this is no predicted checkpoint")
+    except RecordError as error:
+        raise ShareError(f"{error}: {checkpoint} is no predicted checkpoint") from None
     if not any(checkpoint.glob("*.safetensors")):
         raise ShareError(f"{checkpoint} holds no safetensors file")
     return provenance
@@ -156,7 +154,7 @@ def _licence(base: str, api: Any) -> str | None:
         return None
 
 
-def _scores(checkpoint: Path, provenance: Mapping[str, Any]) -> dict[str, float] | None:
+def _scores(checkpoint: Path, provenance: Provenance) -> dict[str, float] | None:
     """What the run's report says of the cut that this checkpoint is from; None unless it was scored itself.
 
     The checkpoint is output_dir/predicted/<name> or output_dir/recommended; the report of every cut is in
@@ -164,14 +162,13 @@ def _scores(checkpoint: Path, provenance: Mapping[str, Any]) -> dict[str, float]
     """
     here = checkpoint.absolute()
     for out in (here.parent.parent, here.parent):
-        for path in (out / "scores" / f"cut_{provenance['t_cut']}" / "report.json", out / "report.json"):
+        for path in (out / "scores" / f"cut_{provenance.t_cut}" / "report.json", out / "report.json"):
             try:
-                report = json.loads(path.read_text())
-            except (OSError, ValueError):
+                report = CutReport.read(path)
+            except (OSError, RecordError):
                 continue
-            rows = [row for row in report.get("validation_scores") or [] if isinstance(row.get("score"), int | float)]
-            wanted = {key: provenance[key] for key in ("method", "target")}
-            scored = any({key: row.get(key) for key in wanted} == wanted for row in rows)
-            if scored and report.get("t_cut") == provenance["t_cut"]:
-                return {row["name"]: row["score"] for row in rows}
+            rows = [row for row in report.validation_scores if isfinite(row.score)]
+            scored = any((row.method, row.target) == (provenance.method, provenance.target) for row in rows)
+            if scored and report.t_cut == provenance.t_cut:
+                return {row.name: row.score for row in rows}
     return None

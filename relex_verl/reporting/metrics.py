@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
 from relex_verl.maths.diagnostics import describe, random_walk, summary
 from relex_verl.maths.window import Window
+from relex_verl.reporting.findings import Fits
 
-__all__ = ["fit_report", "step_metrics", "strict"]
+__all__ = ["fit_report", "step_metrics"]
 
 
 def step_metrics(
@@ -35,7 +35,7 @@ def step_metrics(
     return metrics
 
 
-def fit_report(window: Window, shapes: Sequence[Sequence[int]], rank: int) -> dict[str, Any]:
+def fit_report(window: Window, shapes: Sequence[Sequence[int]], rank: int) -> Fits:
     """The fits of a cut: a row for each tensor, their summary, and the random-walk null beside it.
 
     A tensor that never moved has null figures, not zeros; so has every tensor where only a sketch is known.
@@ -57,20 +57,11 @@ def fit_report(window: Window, shapes: Sequence[Sequence[int]], rank: int) -> di
         }
         for i, (name, shape) in enumerate(zip(window.names, shapes, strict=True))
     ]
-    return {
-        "summary": {name: summary(values_L) for name, values_L in figures.items()},
-        "random_walk_null": {name: _defined(values_1.item()) for name, values_1 in null.items()},
-        "tensors": rows,
-    }
-
-
-def strict(content: Any) -> Any:
-    """The same as JSON knows it: numbers that are not finite become null, which JSON has no word for."""
-    if isinstance(content, Mapping):
-        return {str(key): strict(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [strict(value) for value in content]
-    return _defined(content) if isinstance(content, float) else content
+    return Fits(
+        summary={name: summary(values_L) for name, values_L in figures.items()},
+        random_walk_null={name: values_1.item() for name, values_1 in null.items()},
+        tensors=rows,
+    )
 
 
 def _defined(value: float) -> float | None:

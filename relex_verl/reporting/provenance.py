@@ -1,34 +1,132 @@
-"""What made a result: versions of the packages, and the facts of a predicted checkpoint (`relex.json`)."""
+"""What made a result: versions of the packages, and the facts of a checkpoint that was not trained so (`relex.json`)."""
 
 import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["provenance", "versions"]
+from relex_verl.maths.extrapolators import Prediction
+from relex_verl.reporting.records import IF_KNOWN, Record
+
+__all__ = ["Checkout", "Provenance", "versions"]
 
 
 def versions() -> dict[str, str]:
     """Versions of what produced a result."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in ("relex-verl", "verl", "torch", "transformers", "safetensors"):
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
-def provenance(base_model: str, prediction: Any, cut: int, steps: list[int], trajectory: Path) -> dict[str, Any]:
-    """What `relex.json` says of a predicted checkpoint."""
-    return {
-        "base_model": base_model,
-        "method": prediction.method,
-        "rank": prediction.rank,
-        "t_cut": cut,
-        "target": prediction.target,
-        "fit_from": prediction.fit_from,
-        "observed_steps": steps,
-        "trajectory": str(trajectory),
-        "versions": versions(),
-    }
+@dataclass(frozen=True)
+class Provenance(Record):
+    """What `relex.json` says of a predicted or reconstructed checkpoint.
+
+    Attributes:
+        base_model: folder or Hub id of the base.
+        method: a name in METHODS, a baseline's, or "reconstruction".
+        rank: r.
+        t_cut: the last step that took part.
+        target: the step that was predicted; None where something else was aimed at, which `settings` say.
+        observed_steps: those up to the cut.
+        trajectory: its folder.
+        versions: of what made it.
+        fit_from: the first step that took part in the fit, of a method in METHODS.
+        step: the step that was reconstructed.
+        settings: of a baseline.
+    """
+
+    base_model: str
+    method: str
+    rank: int
+    t_cut: int
+    target: int | None
+    observed_steps: list[int]
+    trajectory: str
+    versions: dict[str, str]
+    fit_from: int | None = field(default=None, kw_only=True, metadata=IF_KNOWN)
+    step: int | None = field(default=None, kw_only=True, metadata=IF_KNOWN)
+    settings: dict[str, Any] | None = field(default=None, kw_only=True, metadata=IF_KNOWN)
+    schema_version: int = 1
+
+    @classmethod
+    def of(
+        cls, prediction: Prediction, base_model: str, t_cut: int, observed: Sequence[int], trajectory: Path
+    ) -> "Provenance":
+        """Of the prediction of a method in METHODS, made now."""
+        return cls(
+            base_model,
+            prediction.method,
+            prediction.rank,
+            t_cut,
+            prediction.target,
+            list(observed),
+            str(trajectory),
+            versions(),
+            fit_from=prediction.fit_from,
+        )
+
+    @classmethod
+    def of_baseline(
+        cls,
+        method: str,
+        target: int | None,
+        settings: dict[str, Any],
+        base_model: str,
+        t_cut: int,
+        observed: Sequence[int],
+        trajectory: Path,
+    ) -> "Provenance":
+        """Of the prediction of a baseline, made now."""
+        made = (base_model, method, 1, t_cut, target, list(observed), str(trajectory), versions())
+        return cls(*made, settings=settings)
+
+    @classmethod
+    def of_reconstruction(
+        cls, step: int, rank: int, base_model: str, observed: Sequence[int], trajectory: Path
+    ) -> "Provenance":
+        """Of an observed step as the top directions of the observed steps give it, made now."""
+        made = (base_model, "reconstruction", rank, observed[-1], step, list(observed), str(trajectory), versions())
+        return cls(*made, step=step)
+
+    def differing(self, other: "Provenance") -> list[tuple[str, Any, Any]]:
+        """Key, ours and theirs of what makes other weights; versions are said not to."""
+        ours, theirs = ({**one.to_json(), "fit_from": one._first()} for one in (self, other))
+        passed = ("versions", "schema_version")
+        keys = [key for key in {**ours, **theirs} if key not in passed]
+        return [(key, ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)]
+
+    def _first(self) -> int | None:
+        """Steps start at 1: from step 0 on is from step 1 on."""
+        return None if self.fit_from is None else max(1, self.fit_from)
+
+
+@dataclass(frozen=True)
+class Checkout(Record):
+    """What `relex.json` says of an observed checkpoint that was given back.
+
+    Attributes:
+        base_model: folder or Hub id of the base.
+        step: the observed step.
+        max_error: how far a weight can be from the engine's own.
+        trajectory: its folder.
+        versions: of what gave it back.
+    """
+
+    base_model: str
+    step: int
+    max_error: float
+    trajectory: str
+    versions: dict[str, str]
+    schema_version: int = 1
+
+    @classmethod
+    def of(cls, step: int, max_error: float, base_model: str, trajectory: Path) -> "Checkout":
+        """Of a step that is given back now."""
+        return cls(base_model, step, max_error, str(trajectory), versions())

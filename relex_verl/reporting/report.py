@@ -22,6 +22,7 @@ from relex_verl.maths.diagnostics import (
 from relex_verl.maths.extrapolators import line_hat
 from relex_verl.maths.window import Window
 from relex_verl.reporting import plots
+from relex_verl.reporting.findings import CutReport, EarlierCut, Scored
 
 __all__ = ["coefficient_panel", "horizon_figure", "layer_and_module", "window_figures", "write_html"]
 
@@ -93,43 +94,41 @@ def coefficient_panel(window: Window, tensor: int, targets: Sequence[int]) -> pl
     return plots.CoefficientPanel(name, reach, values, line, r2)
 
 
-def horizon_figure(folder: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+def horizon_figure(folder: Path, rows: Sequence[Scored]) -> Path:
     """Score against horizon, with 95 % intervals (normal) from the spread of the scores over the prompts.
 
     Args:
         folder: where the files go.
-        rows: "validation_scores" of a report: of the last observed weights first, then of the predictions.
+        rows: of a report: of the last observed weights first, then of the predictions.
     """
 
-    def point(row: Mapping[str, Any]) -> plots.Score:
-        half = 1.96 * row["standard_error"]
-        return plots.Score(row["target"], row["score"], row["score"] - half, row["score"] + half)
+    def point(row: Scored) -> plots.Score:
+        half = 1.96 * row.standard_error
+        return plots.Score(row.target, row.score, row.score - half, row.score + half)
 
     hold, *predicted = rows
     series: dict[str, list[plots.Score]] = {}
     for row in predicted:
-        series.setdefault(row["method"], []).append(point(row))
+        series.setdefault(str(row.method), []).append(point(row))
     paths = plots.plot_horizon(folder / "scores", series, point(hold), title="Validation score of the predictions")
     return next(path for path in paths if path.suffix == ".png")
 
 
-def write_html(path: Path, report: Mapping[str, Any], figures: Mapping[str, Path]) -> None:
+def write_html(path: Path, report: CutReport, figures: Mapping[str, Path]) -> None:
     """One page with the advice, the scores, the figures (inside it) and the tensors."""
-    advice = report["advice"]
-    scores = [
-        {key: _short(row.get(key)) for key in ("name", "score", "standard_error", "search_score", "seconds")}
-        for row in report["validation_scores"]
-    ]
-    tensors = [{key: _short(value) for key, value in row.items()} for row in report["fits"]["tensors"]]
+    advice, fits = report.advice, report.fits
+    shown = ("name", "score", "standard_error", "search_score", "seconds")
+    scores = [{key: _short(getattr(row, key)) for key in shown} for row in report.validation_scores]
+    tensors = [{key: _short(value) for key, value in row.items()} for row in fits.tensors]
     parts = [
-        f"<h1>RELEX: {html.escape(advice['action'].replace('_', ' '))}</h1><p>{html.escape(advice['reason'])}</p>",
-        f"<p>Cut at step {report['t_cut']}, {len(report['observed_steps'])} observed steps.</p>",
+        f"<h1>RELEX: {html.escape(advice.action.replace('_', ' '))}</h1><p>{html.escape(advice.reason)}</p>",
+        f"<p>Cut at step {report.t_cut}, {len(report.observed_steps)} observed steps.</p>",
         "<h2>Scores</h2>" + _table(scores) if scores else "",
-        _screened(report.get("screened_out", {})),
-        *(_earlier(cut) for cut in reversed(report.get("earlier_cuts", []))),
+        _screened(report.screened_out),
+        *(_earlier(cut) for cut in reversed(report.earlier_cuts)),
         *(f"<h2>{html.escape(name.replace('_', ' '))}</h2>{_image(figure)}" for name, figure in figures.items()),
         "<h2>Random walk</h2><p>What a pure random walk would show: "
-        + ", ".join(f"{k.replace('_', ' ')} {_short(v)}" for k, v in report["fits"]["random_walk_null"].items())
+        + ", ".join(f"{k.replace('_', ' ')} {_short(v)}" for k, v in fits.random_walk_null.items())
         + "</p>",
         "<h2>Tensors</h2>" + _table(tensors),
     ]
@@ -176,11 +175,10 @@ def _backtests(window: Window, method: str) -> list[plots.Spread]:
     return spreads
 
 
-def _earlier(cut: Mapping[str, Any]) -> str:
-    rows = [
-        {key: _short(row.get(key)) for key in ("name", "score", "standard_error")} for row in cut["validation_scores"]
-    ]
-    said = f"<h2>Earlier cut, at step {cut['t_cut']}</h2><p>{html.escape(cut['advice']['reason'])}</p>"
+def _earlier(cut: EarlierCut) -> str:
+    shown = ("name", "score", "standard_error")
+    rows = [{key: _short(getattr(row, key)) for key in shown} for row in cut.validation_scores]
+    said = f"<h2>Earlier cut, at step {cut.t_cut}</h2><p>{html.escape(cut.advice.reason)}</p>"
     return said + (_table(rows) if rows else "")
 
 

@@ -1,43 +1,44 @@
 """A cut in Weights & Biases, through the run that the host holds: this module imports no wandb."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from relex_verl.reporting.findings import CutReport
+from relex_verl.reporting.provenance import Provenance
 
 __all__ = ["UPLOAD_LIMIT", "log_cut"]
 
 UPLOAD_LIMIT = 10**9  # bytes; larger checkpoints are logged by reference
 
 
-def log_cut(
-    wandb: Any, step: int, report: Mapping[str, Any], figures: Mapping[str, Path], folders: Sequence[Path]
-) -> None:
+def log_cut(wandb: Any, report: CutReport, figures: Mapping[str, Path]) -> None:
     """Log a cut to the run that verl holds: an alert, summary fields, tables, pictures, artifacts.
 
     Args:
         wandb: verl's W&B backend, the module with an active run.
-        step: the training step, so that everything joins the step's other metrics.
-        report: as in report.json.
+        report: of the cut; logged at its step, so that everything joins the step's other metrics. The recommended one of
+            its checkpoints gets the alias "recommended".
         figures: name -> PNG file.
-        folders: the predicted checkpoints; the recommended one gets the alias "recommended".
     """
-    advice = report["advice"]
-    wandb.run.summary["relex/advice"] = advice["action"]
-    if advice["target"] is not None:
-        wandb.run.summary["relex/recommended_path"] = report["recommended_path"]
-        wandb.run.summary["relex/steps_saved"] = report["steps_saved"]
-    wandb.run.alert(title=f"RELEX: {advice['action'].replace('_', ' ')}", text=advice["reason"])
-    rows = {
-        "tensors": report["fits"]["tensors"],
-        "candidates": [{k: v for k, v in row.items() if k != "metrics"} for row in report["validation_scores"]],
-        "screened_out": [{"method": method, "reason": why} for method, why in report["screened_out"].items()],
+    advice = report.advice
+    wandb.run.summary["relex/advice"] = advice.action
+    if advice.target is not None:
+        wandb.run.summary["relex/recommended_path"] = report.recommended_path
+        wandb.run.summary["relex/steps_saved"] = report.steps_saved
+    wandb.run.alert(title=f"RELEX: {advice.action.replace('_', ' ')}", text=advice.reason)
+    tables = {
+        "tensors": report.fits.tensors,
+        "candidates": [{k: v for k, v in vars(row).items() if k != "metrics"} for row in report.validation_scores],
+        "screened_out": [{"method": method, "reason": why} for method, why in report.screened_out.items()],
     }
-    logged = {f"relex/{name}": _wandb_table(wandb, found) for name, found in rows.items() if found}
+    logged = {f"relex/{name}": _wandb_table(wandb, rows) for name, rows in tables.items() if rows}
     logged |= {f"relex/figures/{name}": wandb.Image(str(path)) for name, path in figures.items()}
-    wandb.log(logged, step=step)
-    for folder in folders:  # last: nothing else waits for the copying of checkpoints
-        _log_artifact(wandb, folder, recommended=folder.name == advice["target"])
+    wandb.log(logged, step=report.t_cut)
+    recommended = None if advice.target is None else advice.target.folder_name
+    for prediction in report.predictions:  # last: nothing else waits for the copying of checkpoints
+        folder = Path(prediction.path)
+        _log_artifact(wandb, folder, recommended=folder.name == recommended)
 
 
 def _wandb_table(wandb: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
@@ -47,7 +48,7 @@ def _wandb_table(wandb: Any, rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _log_artifact(wandb: Any, folder: Path, recommended: bool) -> None:
-    metadata = json.loads((folder / "relex.json").read_text())
+    metadata = Provenance.read(folder / "relex.json").to_json()
     artifact = wandb.Artifact(
         f"{folder.name}-{wandb.run.id}", type="model", metadata=metadata, description="RELEX prediction"
     )

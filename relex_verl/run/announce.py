@@ -2,16 +2,17 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from relex_verl.reporting import wandb
-from relex_verl.reporting.provenance import versions
+from relex_verl.reporting.findings import CutReport, Findings, Predicted
+from relex_verl.reporting.provenance import Provenance, versions
 from relex_verl.reporting.report import horizon_figure, write_html
 from relex_verl.run.cut import Verdict
 from relex_verl.run.output import OutputFolder
+from relex_verl.run.schedule import Schedule
 
 __all__ = ["attempt", "report", "show"]
 
@@ -29,62 +30,64 @@ def attempt(what: str, work: Callable[[], Any]) -> Any:
 
 def report(
     t_cut: int,
-    window: Mapping[str, Any],
+    findings: Findings,
     verdict: Verdict,
     output: OutputFolder,
-    written: Mapping[Path, Mapping[str, Any]],
-) -> dict[str, Any]:
-    """What report.json says of a cut by itself.
+    written: Mapping[Path, Provenance],
+    metrics: Mapping[str, float],
+    schedule: Schedule,
+) -> CutReport:
+    """All that there is to say of a cut.
 
     Args:
         t_cut: the last observed step.
-        window: the fits, as rank 0 gave them.
+        findings: of rank 0 in the window.
         verdict: what came of the scoring.
         output: where it goes.
         written: folder of each predicted checkpoint -> its provenance.
+        metrics: of the step.
+        schedule: the cuts before, and the steps that need not be trained if a prediction has won.
     """
-    return {
-        "t_cut": t_cut,
-        "observed_steps": window["steps"],
-        "advice": asdict(verdict.advice),
-        "recommended_path": None if verdict.winner is None else str(output.path / "recommended"),
-        "validation_scores": verdict.rows(t_cut),
-        "screened_out": verdict.screened_out,
-        "predictions": [{"path": str(folder), **provenance} for folder, provenance in written.items()],
-        "backtests": window["backtests"],
-        "fits": window["fits"],
-        "versions": versions(),
-    }
+    won = verdict.winner is not None
+    return CutReport(
+        t_cut=t_cut,
+        observed_steps=findings.steps,
+        advice=verdict.advice,
+        recommended_path=str(output.path / "recommended") if won else None,
+        validation_scores=verdict.rows(t_cut),
+        screened_out=verdict.screened_out,
+        predictions=[Predicted.at(folder, provenance) for folder, provenance in written.items()],
+        backtests=findings.backtests,
+        fits=findings.fits,
+        versions=versions(),
+        metrics=dict(metrics),
+        earlier_cuts=list(schedule.earlier),
+        steps_saved=schedule.saved if won else 0,
+    )
 
 
 def show(
-    output: OutputFolder,
-    loggers: Mapping[str, Any],
-    t_cut: int,
-    found: Mapping[str, Any],
-    drawn: Mapping[str, Path],
-    verdict: Verdict,
+    output: OutputFolder, loggers: Mapping[str, Any], report: CutReport, drawn: Mapping[str, Path], verdict: Verdict
 ) -> None:
     """Tell the console, draw the scores, write the page and the scores of each prompt, and log to W&B if verl does.
 
     Args:
         output: where it goes.
         loggers: verl's, by name.
-        t_cut: the last observed step.
-        found: the whole report.
+        report: of the cut.
         drawn: pictures of the window, name -> PNG file.
         verdict: what came of the scoring.
     """
+    t_cut = report.t_cut
     logger.info("RELEX: %s Report: %s", verdict.advice.reason, output.path / "report.html")
     attempt("keeping the scores", lambda: output.keep_scores(t_cut, verdict.validations(t_cut)))
     figures = dict(drawn)
-    if found["validation_scores"]:
+    if report.validation_scores:
         picture = attempt(
-            "drawing the scores", lambda: horizon_figure(output.path / "figures", found["validation_scores"])
+            "drawing the scores", lambda: horizon_figure(output.path / "figures", report.validation_scores)
         )
         figures |= {} if picture is None else {"scores": picture}
     for folder in (output.cut(t_cut), output.path):
-        attempt("writing report.html", partial(write_html, folder / "report.html", found, figures))
+        attempt("writing report.html", partial(write_html, folder / "report.html", report, figures))
     if "wandb" in loggers:
-        folders = [Path(prediction["path"]) for prediction in found["predictions"]]
-        attempt("logging to W&B", lambda: wandb.log_cut(loggers["wandb"], t_cut, found, figures, folders))
+        attempt("logging to W&B", lambda: wandb.log_cut(loggers["wandb"], report, figures))

@@ -3,19 +3,19 @@
 import logging
 import os
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from relex_verl.maths.advice import Advice, unscored
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.pipeline.resuming import appears
-from relex_verl.reporting.provenance import provenance
+from relex_verl.reporting.findings import Findings
+from relex_verl.reporting.provenance import Provenance
 from relex_verl.run import announce
 from relex_verl.run.budget import predictions_to_write
 from relex_verl.run.config import Plan, RelexConfig
 from relex_verl.run.cut import Verdict, decide
-from relex_verl.run.output import OutputFolder, summary
+from relex_verl.run.output import OutputFolder
 from relex_verl.run.protocol import Host, RunFacts, Setup, Started, Weights
 from relex_verl.run.ranks import Ranks, RelexError
 from relex_verl.run.schedule import Schedule
@@ -50,8 +50,8 @@ class RelexCallback:
         self._ranks = Ranks(None)
         self._schedule: Schedule | None = None
         self._metrics: dict[str, float] = {}  # of the step that was observed last
-        self._window: dict[str, Any] | None = None  # of a cut whose predictions are still to be scored
-        self._written: dict[Path, dict[str, Any]] = {}  # folders of this cut's predictions -> provenance
+        self._findings: Findings | None = None  # of a cut whose predictions are still to be scored
+        self._written: dict[Path, Provenance] = {}  # folders of this cut's predictions
         self._log: Any = None
 
     @property
@@ -69,7 +69,7 @@ class RelexCallback:
     @property
     def wants_scores(self) -> bool:
         """Whether a cut is waiting for the rollout to be ready."""
-        return self.active and self._window is not None
+        return self.active and self._findings is not None
 
     # Before the first step: what fails here refuses the run
 
@@ -119,8 +119,7 @@ class RelexCallback:
             return
         held = self._ranks.ask_or_refuse("relex_open", step)
         if not appears(self._output.index):
-            folder = self._output.path
-            raise TrajectoryError(f"the driver does not see relex.output_dir={folder}: use a shared file system")
+            raise TrajectoryError(f"the driver sees no relex.output_dir={self._output.path}: use a shared file system")
         if held:
             logger.info("RELEX: goes on after step %d, with %d observed steps", step, len(held))
         elif step:
@@ -132,7 +131,7 @@ class RelexCallback:
         """verl saves a step between the fit and the scores; the run has ended between the two."""
         if observed:
             logger.info("RELEX: the cut at step %d has no verdict yet: fitting it again", step)
-            self._guard(self._fit)
+            self._findings = self._guard(self._fit)
             return
         self.schedule.skip(step)
         if self.schedule.plan is None:
@@ -187,21 +186,21 @@ class RelexCallback:
         Raises:
             RelexError: the rollout could not be given the policy's weights back.
         """
-        window = self._take_window()
-        verdict: Verdict | None = None
+        findings, self._findings = self._findings, None
+        assert findings is not None
         try:
-            verdict = self._guard(lambda: decide(host, self.config, self.plan, window, self.schedule.alpha_share))
+            verdict: Verdict | None = self._guard(
+                lambda: decide(host, self.config, self.plan, findings, self.schedule.alpha_share)
+            )
         finally:
             self._restore(step, host)
-        if verdict is None:
-            return {}
-        return self._guard(partial(self._conclude, step, window, verdict, host)) or {}
+        return {} if verdict is None else self._guard(lambda: self._conclude(step, findings, verdict, host)) or {}
 
     def on_train_end(self) -> None:
         """The run is over, by whatever way."""
         if self.active and self._schedule is not None:
             if self.schedule.earlier:
-                reason = self.schedule.earlier[-1]["advice"]["reason"]
+                reason = self.schedule.earlier[-1].advice.reason
                 logger.info("RELEX: training ended before another cut at step %d. %s", self.plan.t_cut, reason)
             else:
                 said = "RELEX: training ended before the cut at step %d was scored; the trajectory is kept"
@@ -217,27 +216,27 @@ class RelexCallback:
     def _observe(self, step: int) -> dict[str, float]:
         self._metrics = self._ranks.ask("relex_observe", step)
         if step == self.plan.t_cut:
-            self._fit()
+            findings = self._findings = self._fit()
             if not self.config.validate_targets:
-                self._conclude(step, self._take_window(), Verdict(unscored("relex.validate_targets=false")), None)
+                self._findings = None
+                self._conclude(step, findings, Verdict(unscored("relex.validate_targets=false")), None)
         return self._metrics
 
-    def _fit(self) -> None:
+    def _fit(self) -> Findings:
         """Fit, and write the configured targets before anything is scored: whatever comes, they are there."""
         self._output.begin_cut(self.plan.t_cut)
         self._written = {}
-        window = self._ranks.ask("relex_fit", self.config.methods, self.plan.targets)
+        findings: Findings = self._ranks.ask("relex_fit", self.config.methods, self.plan.targets)
         predictions = self.schedule.predictions
         for i, prediction in enumerate(predictions, 1):
             logger.info("RELEX: writing %s (%d of %d)", prediction.folder_name, i, len(predictions))
-            self._write(prediction, window["steps"])
-        self._window = window
+            self._write(prediction, findings.steps)
+        return findings
 
     def _write(self, prediction: Prediction, steps: list[int]) -> None:
-        trajectory = self._output.path / "trajectory"
-        facts = provenance(self._run.base_model, prediction, self.plan.t_cut, steps, trajectory)
-        folder = self._output.predicted(prediction)
-        self._ranks.ask("relex_write", prediction, folder, facts)
+        folder, trajectory = self._output.predicted(prediction), self._output.path / "trajectory"
+        facts = Provenance.of(prediction, self._run.base_model, self.plan.t_cut, steps, trajectory)
+        self._ranks.ask("relex_write", prediction, folder, facts.to_json())
         self._written[folder] = facts
 
     def _restore(self, step: int, host: Host) -> None:
@@ -251,18 +250,16 @@ class RelexCallback:
                 "resume it from its last checkpoint"
             ) from error
 
-    def _conclude(self, step: int, window: dict[str, Any], verdict: Verdict, host: Host | None) -> dict[str, float]:
+    def _conclude(self, step: int, findings: Findings, verdict: Verdict, host: Host | None) -> dict[str, float]:
         """Tell the user in every place, and act: stop, go on to the next cut, or let go."""
         winner = verdict.winner
         if winner is not None and self._output.predicted(winner) not in self._written:
-            self._write(winner, window["steps"])
+            self._write(winner, findings.steps)
         self._output.recommend(winner)
-        found = announce.report(step, window, verdict, self._output, self._written)
-        found |= {"metrics": self._metrics, "earlier_cuts": list(self.schedule.earlier)}
-        found["steps_saved"] = 0 if winner is None else self.schedule.saved
-        self._output.keep(step, found)
-        announce.show(self._output, self._log.logger, step, found, window["figures"], verdict)
-        self.schedule.earlier.append(summary(found))
+        report = announce.report(step, findings, verdict, self._output, self._written, self._metrics, self.schedule)
+        self._output.keep(report)
+        announce.show(self._output, self._log.logger, report, findings.figures, verdict)
+        self.schedule.earlier.append(report.summary)
         self._act(verdict.advice, host)
         return verdict.metrics()
 
@@ -283,11 +280,6 @@ class RelexCallback:
         self.schedule.plan = following
         logger.info("RELEX: observes on; the next cut is at step %d", following.t_cut)
 
-    def _take_window(self) -> dict[str, Any]:
-        window, self._window = self._window, None
-        assert window is not None
-        return window
-
     # Errors
 
     def _guard(self, work: Callable[[], Any]) -> Any:
@@ -295,8 +287,7 @@ class RelexCallback:
         try:
             return work()
         except Exception:
-            self._window = None
-            self.active = False
+            self._findings, self.active = None, False
             if self.config.on_error == "raise":
                 raise
             logger.error("RELEX failed and is switched off; the training goes on without it", exc_info=True)

@@ -1,12 +1,12 @@
 """One cut: score the predictions in the run and decide. No predicted checkpoint is recommended unless it won."""
 
 import logging
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 from relex_verl.maths.advice import Advice, advise, decides, unscored
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.maths.search import screen, search
+from relex_verl.reporting.findings import Findings, Scored
 from relex_verl.run.config import Plan, RelexConfig
 from relex_verl.run.protocol import OBSERVED, Host, Weights
 from relex_verl.run.validation import Validation
@@ -37,29 +37,29 @@ class Verdict:
     @property
     def winner(self) -> Prediction | None:
         """The recommended prediction."""
-        return next((one for one, _ in self.scored if one.folder_name == self.advice.target), None)
+        return self.advice.target
 
     def validations(self, t_cut: int) -> dict[str, Validation]:
         """Name -> validation, the last observed weights first."""
         held = {} if self.hold is None else {f"observed-step_{t_cut}": self.hold}
         return held | {one.folder_name: validation for one, validation in self.scored}
 
-    def rows(self, t_cut: int) -> list[dict[str, Any]]:
+    def rows(self, t_cut: int) -> list[Scored]:
         """For the report and the tables."""
         predicted = {one.folder_name: one for one, _ in self.scored}
         return [
-            {
-                "name": name,
-                "method": predicted[name].method if name in predicted else None,
-                "target": predicted[name].target if name in predicted else t_cut,
-                "metric": validation.metric,
-                "score": validation.score,
-                "standard_error": validation.standard_error(),
-                "search_score": self.search_scores.get(name),
-                "prompts": len(validation.prompts),
-                "seconds": validation.seconds,
-                "metrics": validation.metrics,
-            }
+            Scored(
+                name=name,
+                method=predicted[name].method if name in predicted else None,
+                target=predicted[name].target if name in predicted else t_cut,
+                metric=validation.metric,
+                score=validation.score,
+                standard_error=validation.standard_error(),
+                search_score=self.search_scores.get(name),
+                prompts=len(validation.prompts),
+                seconds=validation.seconds,
+                metrics=validation.metrics,
+            )
             for name, validation in self.validations(t_cut).items()
         ]
 
@@ -75,7 +75,7 @@ class Verdict:
         return flat
 
 
-def decide(host: Host, config: RelexConfig, plan: Plan, window: dict[str, Any], share: float = 1.0) -> Verdict:
+def decide(host: Host, config: RelexConfig, plan: Plan, findings: Findings, share: float = 1.0) -> Verdict:
     """Score the last observed weights and up to `relex.max_candidates` predictions with verl's own validation.
 
     The caller restores the rollout's weights afterwards, whatever happens here.
@@ -84,12 +84,12 @@ def decide(host: Host, config: RelexConfig, plan: Plan, window: dict[str, Any], 
         host: the trainer.
         config: the `relex` node.
         plan: of this cut.
-        window: "backtests" (method -> error against holding), "drift" and "agreement", from rank 0.
+        findings: of rank 0 in the window.
         share: of alpha that this cut may spend, see `advice.alpha_share`.
     """
     verdict = Verdict(unscored("no validation"))
     try:
-        methods, verdict.screened_out = screen(window["backtests"], window["drift"], window["agreement"])
+        methods, verdict.screened_out = screen(findings.backtests, findings.drift, findings.agreement)
         for method, reason in verdict.screened_out.items():
             logger.info("RELEX: %s is not scored: %s", method, reason)
         verdict.advice = _Scoring(host, config, plan, verdict).run(methods, share)
@@ -132,12 +132,7 @@ class _Scoring:
         best = max(candidates, key=lambda one: one.score)
         prediction = self._prediction(best.method, best.target)
         validation = next(validation for one, validation in verdict.scored if one == prediction)
-        name, theirs, ours = prediction.folder_name, hold.prompts, validation.prompts
-        advice = advise(name, ours, theirs, plan.t_cut, config.confidence, share)
-        if advice.action == "stop" and validation.score <= hold.score:  # won on one half only
-            reason = advice.reason.replace("Stop", "Keep training", 1) + ", but not on all prompts"
-            return replace(advice, action="keep_training", target=None, reason=reason)
-        return advice
+        return advise(prediction, validation, hold, plan.t_cut, config.confidence, share)
 
     def _prediction(self, method: str, target: int) -> Prediction:
         return Prediction(method, target, self.config.rank, self.config.fit_from)

@@ -11,7 +11,8 @@ from typing import Any
 
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.pipeline.resuming import appears
-from relex_verl.reporting.metrics import strict
+from relex_verl.reporting.findings import CutReport, EarlierCut
+from relex_verl.reporting.records import RecordError, strict
 from relex_verl.run.config import ConfigError
 from relex_verl.run.validation import Validation
 from relex_verl.trajectory.files import write_json
@@ -106,7 +107,7 @@ class OutputFolder:
 
     # What earlier cuts found
 
-    def earlier_cuts(self, step: int) -> list[dict[str, Any]]:
+    def earlier_cuts(self, step: int) -> list[EarlierCut]:
         """The cuts up to a step that came to a verdict, in their order.
 
         Raises:
@@ -116,9 +117,9 @@ class OutputFolder:
         for path in sorted(self.path.glob("scores/cut_*/report.json"), key=_cut_of):
             if _cut_of(path) <= step:
                 try:
-                    cuts.append(summary(json.loads(path.read_text())))
-                except (ValueError, KeyError):
-                    raise TrajectoryError(f"{path} is damaged: remove that file, or this run's output folder") from None
+                    cuts.append(CutReport.read(path).summary)
+                except RecordError as error:
+                    raise TrajectoryError(f"{error}: remove that file, or this run's output folder") from None
         return cuts
 
     def begin_cut(self, t_cut: int) -> None:
@@ -131,10 +132,10 @@ class OutputFolder:
             if _number(path) >= t_cut:
                 shutil.rmtree(path)
 
-    def keep(self, t_cut: int, report: Mapping[str, Any]) -> None:
+    def keep(self, report: CutReport) -> None:
         """Write the report of a cut, for good and as the latest."""
-        content = strict(report)
-        write_json(self.cut(t_cut) / "report.json", content)
+        content = report.to_json()
+        write_json(self.cut(report.t_cut) / "report.json", content)
         write_json(self.path / "report.json", content)
 
     def keep_scores(self, t_cut: int, validations: Mapping[str, Validation]) -> None:
@@ -165,11 +166,6 @@ class OutputFolder:
         if winner is not None:
             partial.rename(recommended)
         shutil.rmtree(replaced, ignore_errors=True)
-
-
-def summary(report: Mapping[str, Any]) -> dict[str, Any]:
-    """What later reports say of a cut: the advice and the curve that it rests on."""
-    return {key: report[key] for key in ("t_cut", "advice", "validation_scores", "screened_out")}
 
 
 def _cut_of(path: Path) -> int:

@@ -17,6 +17,7 @@ from relex_verl.pipeline.gathering import whole_tensors
 from relex_verl.pipeline.observer import Observer
 from relex_verl.pipeline.prediction import predicted_tensors, write_together
 from relex_verl.reporting import metrics, report
+from relex_verl.reporting.findings import Findings
 from relex_verl.run import admission, machine
 from relex_verl.run.budget import Workload
 from relex_verl.run.protocol import Engine, Setup, Started, Weights
@@ -76,24 +77,24 @@ class RelexRank:
         """Put on disk what only memory holds, since the host is about to save a checkpoint of this step."""
         self._observer.save()
 
-    def fit(self, methods: list[str], targets: list[int]) -> dict[str, Any]:
+    def fit(self, methods: list[str], targets: list[int]) -> Findings | None:
         """Rank 0 answers with the fits of all tensors, backtests, figures and the observed steps."""
         self._observer.save()
         if self._ranks.rank:
-            return {}
+            return None
         observer, config = self._observer, self._setup.config
         window = observer.window().since(config.fit_from)
         fits = metrics.fit_report(window, list(observer.shapes.values()), config.rank)
         # The smoothed rows of a sketch agree with one another whatever the real ones do.
         agreement = nan if window.smoothed else split_half_agreement(window.gram_LTT).nanmean().item()
-        return {
-            "fits": fits,
-            "steps": list(observer.steps),
-            "backtests": {method: half_backtest(window, method, config.rank) for method in methods},
-            "drift": fits["summary"]["drift"].get("mean", nan),
-            "agreement": agreement,
-            "figures": self._figures(window, methods, targets),
-        }
+        return Findings(
+            steps=list(observer.steps),
+            fits=fits,
+            backtests={method: half_backtest(window, method, config.rank) for method in methods},
+            drift=fits.summary["drift"].get("mean", nan),
+            agreement=agreement,
+            figures=self._figures(window, methods, targets),
+        )
 
     def _figures(self, window: Window, methods: list[str], targets: list[int]) -> dict[str, Path]:
         """Pictures of the window; a plotting library that fails costs nothing but them."""

@@ -2,10 +2,10 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 from relex_verl.maths.advice import alpha_share
 from relex_verl.maths.extrapolators import Prediction
+from relex_verl.reporting.findings import EarlierCut
 from relex_verl.run.config import Plan, RelexConfig
 from relex_verl.trajectory.kinds import KINDS
 
@@ -21,7 +21,7 @@ class Schedule:
         kind: of trajectory, by which the weights are followed.
         plans: the first cut, by the name of each kind that it may come to.
         plan: the coming cut; None when there is none any more.
-        earlier: what was found at the cuts behind it, see `output.summary`.
+        earlier: what was found at the cuts behind it.
     """
 
     def __init__(self, config: RelexConfig, total_steps: int) -> None:
@@ -34,7 +34,7 @@ class Schedule:
         names = [name for name in (self.kind.name, self.kind.fallback) if name is not None]
         self.plans = {name: config.plan(total_steps, KINDS[name]) for name in names}
         self.plan: Plan | None = self.plans[self.kind.name]
-        self.earlier: list[dict[str, Any]] = []
+        self.earlier: list[EarlierCut] = []
         self._config, self._total_steps, self._first_cut = config, total_steps, self.plan.t_cut
 
     @property
@@ -67,7 +67,7 @@ class Schedule:
             return None
         return self._config.next_plan(self.plan, self._first_cut, self._total_steps, self.kind)
 
-    def resume(self, step: int, earlier: Sequence[dict[str, Any]]) -> None:
+    def resume(self, step: int, earlier: Sequence[EarlierCut]) -> None:
         """Go to the cut that comes next after a step. It may be that step's own, when it came to no verdict.
 
         Args:
@@ -75,11 +75,11 @@ class Schedule:
             earlier: the cuts up to it that came to a verdict.
         """
         self.earlier = list(earlier)
-        final = [cut["advice"] for cut in earlier if cut["advice"]["action"] != "keep_training"]
+        final = [cut.advice for cut in earlier if cut.advice.action != "keep_training"]
         if final:
-            logger.info("RELEX: no further cut, since this run has its verdict. %s", final[-1]["reason"])
+            logger.info("RELEX: no further cut, since this run has its verdict. %s", final[-1].reason)
             self.plan = None
-        verdicts = {cut["t_cut"] for cut in earlier}
+        verdicts = {cut.t_cut for cut in earlier}
         while self.plan is not None and (step > self.plan.t_cut or self.plan.t_cut in verdicts):
             self.skip(step)
 

@@ -15,6 +15,7 @@ from verl.utils.device import get_device_id
 from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from relex_verl.maths.extrapolators import Prediction
+from relex_verl.reporting.findings import Findings
 from relex_verl.run.protocol import Setup, Started, Weights, answers
 from relex_verl.run.rank import RelexRank
 from relex_verl.verl_plugin.source import VerlEngine
@@ -56,7 +57,7 @@ class _RelexWorkerMixin:
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     @answers
-    def relex_fit(self, methods: list[str], targets: list[int]) -> dict[str, Any]:
+    def relex_fit(self, methods: list[str], targets: list[int]) -> Findings | None:
         """See `RelexRank.fit`."""
         return self._relex.fit(methods, targets)
 

@@ -1,4 +1,5 @@
 from itertools import pairwise, product
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -7,15 +8,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relex_verl.maths.advice import advise, alpha_share, decides, paired_p_value, unscored
+from relex_verl.maths.extrapolators import Prediction
 
 PROMPTS = [f"What is {i} + {i}?" for i in range(400)]
 DECIDING = [prompt for prompt in PROMPTS if decides(prompt)]
 OTHERS = [prompt for prompt in PROMPTS if not decides(prompt)]
 
 
-def scores(right):
+LATE = Prediction("relex", 200)
+
+
+class Scored(NamedTuple):
+    prompts: dict[str, float]
+    score: float
+
+
+def scored(prompts, overall=None):
+    """Scores of prompts; over all of them their mean, unless the run's metric counts otherwise."""
+    return Scored(prompts, sum(prompts.values()) / max(1, len(prompts)) if overall is None else overall)
+
+
+def scores(right, overall=None):
     """1 for the prompts in `right`, 0 for all others."""
-    return {prompt: float(prompt in set(right)) for prompt in PROMPTS}
+    return scored({prompt: float(prompt in set(right)) for prompt in PROMPTS}, overall)
 
 
 def test_half_of_the_prompts_decide_and_always_the_same_ones():
@@ -24,15 +39,15 @@ def test_half_of_the_prompts_decide_and_always_the_same_ones():
 
 
 def test_without_scores_no_prediction_is_recommended():
-    for advice in (unscored("no validation set"), advise("relex-step_9", {}, scores([]), 5, 0.95)):
+    for advice in (unscored("no validation set"), advise(LATE, scored({}), scores([]), 5, 0.95)):
         assert (advice.action, advice.target, advice.p_value) == ("unscored", None, None)
     assert "no validation set" in unscored("no validation set").reason
-    assert advise("x", scores(OTHERS), dict.fromkeys(OTHERS, 0.0), 5, 0.95).action == "unscored"
+    assert advise(LATE, scores(OTHERS), scored(dict.fromkeys(OTHERS, 0.0)), 5, 0.95).action == "unscored"
 
 
 def test_a_clear_win_on_the_deciding_half_is_advice_to_stop():
-    advice = advise("relex-step_200", scores(DECIDING), scores(DECIDING[: len(DECIDING) // 2]), 60, 0.95)
-    assert (advice.action, advice.target) == ("stop", "relex-step_200")
+    advice = advise(LATE, scores(DECIDING), scores(DECIDING[: len(DECIDING) // 2]), 60, 0.95)
+    assert (advice.action, advice.target) == ("stop", LATE)
     assert (advice.score, advice.prompts) == (1.0, len(DECIDING))
     assert advice.hold_score == pytest.approx(0.5, abs=0.01)
     for part in ("Stop", "relex-step_200", "1.000", "0.50", "step 60", f"n={len(DECIDING)}", "p<0.001"):
@@ -40,9 +55,23 @@ def test_a_clear_win_on_the_deciding_half_is_advice_to_stop():
 
 
 def test_the_half_that_the_search_saw_does_not_count():
-    advice = advise("relex-step_200", scores(OTHERS), scores([]), 60, 0.95)
+    advice = advise(LATE, scores(OTHERS), scores([]), 60, 0.95)
     assert (advice.action, advice.target) == ("keep_training", None)
     assert advice.score == advice.hold_score == 0.0
+
+
+@pytest.mark.parametrize(("overall", "won"), [(0.51, True), (0.5, False), (0.49, False)])
+def test_a_win_on_the_deciding_half_must_be_one_on_all_prompts(overall, won):
+    """By the run's own metric, which may count prompts that are not among those compared."""
+    advice = advise(LATE, scores(DECIDING, overall), scores([], overall=0.5), 60, 0.95)
+    assert (advice.action, advice.target) == (("stop", LATE) if won else ("keep_training", None))
+    assert advice.reason.startswith("Stop: relex" if won else "Keep training: relex")
+    assert advice.reason.endswith("p<0.001)" if won else "p<0.001), but not on all prompts")
+    assert (advice.score, advice.hold_score) == (1.0, 0.0)
+
+
+def test_a_loss_on_the_deciding_half_is_not_said_to_be_one_on_all_prompts():
+    assert "all prompts" not in advise(LATE, scores([], 0.1), scores(DECIDING, 0.9), 60, 0.95).reason
 
 
 @pytest.mark.parametrize(
@@ -57,13 +86,13 @@ def test_the_half_that_the_search_saw_does_not_count():
     ],
 )
 def test_a_win_must_pass_the_test(wins, confidence, action):
-    advice = advise("relex-step_200", scores(DECIDING[:wins]), scores([]), 60, confidence)
+    advice = advise(LATE, scores(DECIDING[:wins]), scores([]), 60, confidence)
     assert advice.action == action
     assert advice.p_value == pytest.approx(2.0**-wins)
 
 
 def test_a_loss_never_wins():
-    assert advise("x", scores([]), scores(DECIDING[:50]), 60, 0.5).action == "keep_training"
+    assert advise(LATE, scores([]), scores(DECIDING[:50]), 60, 0.5).action == "keep_training"
 
 
 @pytest.mark.parametrize(("wins", "losses", "ties"), [(0, 0, 0), (0, 0, 5), (3, 1, 2), (6, 6, 0), (2, 7, 1), (9, 0, 0)])
@@ -96,7 +125,7 @@ def test_three_wins_among_a_thousand_prompts_are_three_coins():
     assert paired_p_value(differences) == 1 / 8
     hold = dict.fromkeys(PROMPTS, 0.0)
     three = {**hold, **dict.fromkeys(DECIDING[:3], 0.5)}
-    assert advise("x", three, hold, 60, 0.95).action == "keep_training"
+    assert advise(LATE, scored(three), scored(hold), 60, 0.95).action == "keep_training"
 
 
 def test_drawn_signs_agree_with_a_normal_test_and_with_themselves():
@@ -131,8 +160,8 @@ def test_all_cuts_of_a_run_spend_alpha_once(cuts):
 
 def test_the_sentence_names_the_level_where_it_is_not_the_configured_one():
     won, lost = scores(DECIDING[:6]), scores([])  # p = 1/64
-    assert advise("x", won, lost, 60, 0.95).reason.endswith("p=0.016)")
-    stricter = advise("x", won, lost, 60, 0.95, share=0.25)
+    assert advise(LATE, won, lost, 60, 0.95).reason.endswith("p=0.016)")
+    stricter = advise(LATE, won, lost, 60, 0.95, share=0.25)
     assert stricter.action == "keep_training"
     assert stricter.alpha == pytest.approx(0.0125)
     assert stricter.reason.endswith("p=0.016, p<0.013 needed)")

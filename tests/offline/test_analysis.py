@@ -13,6 +13,7 @@ from recorded import moved, random_weights, rank_one_directions, record, record_
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.offline import analysis
 from relex_verl.pipeline.prediction import extrapolate
+from relex_verl.reporting.provenance import Provenance
 from relex_verl.trajectory import replay
 from relex_verl.trajectory.index import TrajectoryError
 
@@ -125,9 +126,11 @@ def test_reconstruct_is_the_projection(trajectory, states):
 
 
 def test_nothing_is_made_for_what_cannot_be_fitted(trajectory, tmp_path):
-    shards = extrapolate(trajectory, 2, Prediction("relex", 20))  # one row
+    prediction = Prediction("relex", 20)
+    provenance = Provenance.of(prediction, "base", 2, [2], trajectory.folder)
+    shards = extrapolate(trajectory, 2, prediction)  # one row
     with pytest.raises(ValueError, match="needs 2 observed steps"):
-        analysis.write_prediction(trajectory, shards, tmp_path / "new/relex-step_20", {})
+        analysis.write_prediction(trajectory, shards, tmp_path / "new/relex-step_20", provenance)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -149,3 +152,30 @@ def test_a_sweep_goes_on_and_does_not_mix_with_another(states, tmp_path):
     assert manifest["predictions"] == rows
     with pytest.raises(ValueError, match=r"holds another prediction \(rank 1 there, 2 here\)"):
         analysis.sweep(trajectory, *arguments, rank=2)
+
+
+def test_a_sweep_that_0_1_0_began_goes_on(states, tmp_path):
+    """Its relex.json knows no schema_version, and a call from Python wrote fit_from 0 for all rows."""
+    trajectory = record_cut_up(tmp_path / "run", states[0], {step: states[step] for step in STEPS})
+    folder, arguments = tmp_path / "grid/cut_6/relex-step_10", ([6], [10, 20], ["relex"], tmp_path / "grid")
+    analysis.sweep(trajectory, *arguments)
+    facts = json.loads((folder / "relex.json").read_text())
+    old = {key: value for key, value in facts.items() if key != "schema_version"} | {"fit_from": 0}
+    (folder / "relex.json").write_text(json.dumps(old))
+    before = (folder / "model.safetensors").stat().st_ino
+    analysis.sweep(trajectory, *arguments)
+    assert json.loads((folder / "relex.json").read_text()) == old
+    assert (folder / "model.safetensors").stat().st_ino == before
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [('{"step": 3}', "lacks base_model"), ("{", "is damaged"), ('{"schema_version": 9}', "version 9")],
+)
+def test_a_folder_that_says_something_else_is_left_alone(trajectory, tmp_path, content, says):
+    folder = tmp_path / "cut_6/relex-step_20"
+    folder.mkdir(parents=True)
+    (folder / "relex.json").write_text(content)
+    with pytest.raises(ValueError, match=f"holds something else than this prediction .*{says}.*give another --out"):
+        analysis.sweep(trajectory, [6], [20], ["relex"], tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["relex.json"]

@@ -1,9 +1,11 @@
 """A predicted checkpoint on the Hub: what is uploaded, and a card that is true of it."""
 
 import json
+from math import nan
 from types import SimpleNamespace
 
 import pytest
+from cut_reports import cut_report, scored
 from shell import call, finished
 
 from relex_verl.maths.extrapolators import METHODS
@@ -43,6 +45,10 @@ def checkpoint(folder, **facts):
     return folder
 
 
+def write(folder, text):
+    (folder / "relex.json").write_text(text)
+
+
 def card(folder):
     api = StandInApi()
     sharing.push(folder, "me/model", api=api)
@@ -68,21 +74,19 @@ def test_push_uploads_with_a_card_and_without_this_machines_paths(finished, tmp_
 
 def report(path, t_cut, *rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    keys = ("name", "method", "target", "score")
-    scores = [dict(zip(keys, row, strict=True)) for row in rows]
-    path.write_text(json.dumps({"t_cut": t_cut, "validation_scores": scores}))
+    path.write_text(json.dumps(cut_report(t_cut, validation_scores=list(rows)).to_json()))
 
 
-HELD = ("observed-step_75", None, 75, 0.7)
-WON = ("relex-step_500", "relex", 500, 0.71)
-OTHER = ("relex-step_750", "relex", 750, 0.69)
+HELD = scored("observed-step_75", 75, 0.7, None)
+WON = scored("relex-step_500", 500, 0.71)
+OTHER = scored("relex-step_750", 750, 0.69)
 
 
 @pytest.mark.parametrize("place", ["predicted/relex-step_500", "recommended"])
 @pytest.mark.parametrize("where", ["report.json", "scores/cut_75/report.json"])
 def test_its_scores_stand_beside_those_of_its_cut(tmp_path, place, where):
     folder = checkpoint(tmp_path / place)
-    report(tmp_path / "report.json", 150, ("relex-step_500", "relex", 500, 0.1))  # of a later cut
+    report(tmp_path / "report.json", 150, scored("relex-step_500", 500, 0.1))  # of a later cut
     report(tmp_path / where, 75, HELD, WON, OTHER)
     written = card(folder)
     assert "# relex-step_500" in written
@@ -96,8 +100,8 @@ def test_its_scores_stand_beside_those_of_its_cut(tmp_path, place, where):
     [
         (75, [HELD, OTHER]),
         (150, [HELD, WON]),
-        (75, [HELD, ("poly-step_500", "poly", 500, 0.6)]),
-        (75, [HELD, ("relex-step_500", "relex", 500, None)]),
+        (75, [HELD, scored("poly-step_500", 500, 0.6, "poly")]),
+        (75, [HELD, scored("relex-step_500", 500, nan)]),
         (75, []),
     ],
     ids=["another target", "another cut", "another method", "not finished", "nothing scored"],
@@ -109,8 +113,9 @@ def test_a_prediction_that_was_not_scored_keeps_its_warning(tmp_path, t_cut, row
     assert "0.7" not in written
 
 
-def test_a_damaged_report_is_none(tmp_path):
-    (tmp_path / "report.json").write_text("{")
+@pytest.mark.parametrize("content", ["{", "{}", '{"schema_version": 9}'])
+def test_a_report_that_cannot_be_read_is_none(tmp_path, content):
+    (tmp_path / "report.json").write_text(content)
     assert "Nobody scored it" in card(checkpoint(tmp_path / "predicted/relex-step_500"))
 
 
@@ -139,8 +144,15 @@ def test_what_is_no_extrapolation_to_a_step_is_not_called_so(tmp_path):
     ("spoil", "says"),
     [
         (lambda folder: (folder / "relex.json").unlink(), "has no relex.json"),
-        (lambda folder: (folder / "relex.json").write_text("{"), "is damaged"),
-        (lambda folder: (folder / "relex.json").write_text('{"base_model": "b", "step": 4}'), "lacks method"),
+        (lambda folder: write(folder, "{"), "is damaged"),
+        (
+            lambda folder: (folder / "relex.json").write_text('{"base_model": "b", "step": 4}'),
+            "lacks method: .* is no predicted checkpoint",
+        ),
+        (
+            lambda folder: (folder / "relex.json").write_text('{"schema_version": 2}'),
+            "has schema_version 2, .* reads up to 1",
+        ),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no safetensors file"),
     ],
 )

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from relex_verl.offline.ingest import Found, IngestError, Options, find_checkpoints, ingest, select_steps, within
 from relex_verl.pipeline.observer import Observer
 from relex_verl.pipeline.prediction import write_checkpoint
+from relex_verl.reporting.provenance import Checkout
 from relex_verl.trajectory import files, replay
 from relex_verl.trajectory.store import Trajectory
 
@@ -60,7 +61,7 @@ def test_the_checkouts_of_a_run_give_its_gram_and_predictions(tmp_path, encoding
     online = observed(tmp_path / "online", base, encoding, world)
     (tmp_path / "checkouts").mkdir()
     for step in STEPS:
-        facts = {"step": step, "max_error": replay.error_bound(online, step)}
+        facts = Checkout.of(step, replay.error_bound(online, step), "base", online.folder).to_json()
         folder = tmp_path / "checkouts" / f"step_{step}"
         write_checkpoint(online, replay.states(online, step), folder, facts, online.kind.dtype)
     again = ingest(str(base), find_checkpoints(tmp_path / "checkouts"), "checkouts", tmp_path / "again")

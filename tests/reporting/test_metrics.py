@@ -2,21 +2,23 @@
 
 import json
 import math
+from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from cut_reports import cut_report, predicted, scored
 from wandb_mock import WandbMock
 
+from relex_verl.maths.advice import Advice
 from relex_verl.maths.diagnostics import describe, half_backtest
+from relex_verl.maths.extrapolators import Prediction
 from relex_verl.maths.gram import delta_gram
 from relex_verl.maths.window import Window
-from relex_verl.reporting import metrics, provenance
+from relex_verl.reporting import metrics
 from relex_verl.reporting import wandb as reporting_wandb
+from relex_verl.reporting.findings import CutReport, Fits, Scored
+from relex_verl.reporting.provenance import Provenance
 from relex_verl.reporting.wandb import log_cut
 
 STEPS = [1, 2, 3, 4, 5, 6]
@@ -55,68 +57,54 @@ def test_a_backtest_needs_enough_rows() -> None:
 
 
 def test_fits_of_a_cut() -> None:
-    report = metrics.fit_report(window_of(), [[5, 10], [50], [2, 25]], 1)
-    assert [row["tensor"] for row in report["tensors"]] == ["a", "b", "c"]
-    assert report["tensors"][0]["explained_variance"] > 0.5
-    assert report["tensors"][2]["explained_variance"] is None
-    assert report["tensors"][2]["delta_norm"] == 0.0
-    assert report["random_walk_null"]["explained_variance"] > 0.8
+    fits = metrics.fit_report(window_of(), [[5, 10], [50], [2, 25]], 1)
+    assert [row["tensor"] for row in fits.tensors] == ["a", "b", "c"]
+    assert fits.tensors[0]["explained_variance"] > 0.5
+    assert fits.tensors[2]["explained_variance"] is None
+    assert fits.tensors[2]["delta_norm"] == 0.0
+    assert fits.random_walk_null["explained_variance"] > 0.8
 
 
 def test_a_trajectory_that_never_moved_makes_a_strict_report() -> None:
     window = Window(["a"], STEPS, torch.zeros(1, 6, 6, dtype=torch.float64))
-    report = metrics.fit_report(window, [[50]], 1)
-    report["backtest"] = half_backtest(window, "relex")
-    json.dumps(metrics.strict(report), allow_nan=False)
+    backtests = {"relex": half_backtest(window, "relex")}
+    report = cut_report(6, fits=metrics.fit_report(window, [[50]], 1), backtests=backtests)
+    assert math.isnan(backtests["relex"])
+    assert json.loads(json.dumps(report.to_json(), allow_nan=False))["backtests"] == {"relex": None}
 
 
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner) | st.tuples(inner) | st.dictionaries(st.text(), inner),
-)
-
-
-@given(VALUES)
-def test_strict_json_holds_everything_that_is_finite(content: Any) -> None:
-    strict = metrics.strict(content)
-    assert json.loads(json.dumps(strict, allow_nan=False)) == json.loads(
-        json.dumps(content), parse_constant=lambda word: None
+def report_of(action: str, predictions: list[Path], target: str | None = None) -> CutReport:
+    return cut_report(
+        30,
+        fits=Fits({}, {}, [{"tensor": name, "shape": [2, 3], "line_r2": None} for name in ("a", "b")]),
+        validation_scores=[scored("observed-step_30", 30, 0.5, None), scored("relex-step_60", 60, 0.5)],
+        screened_out={"poly": "it misses by 3.00 times"},
+        advice=Advice(action, None if target is None else Prediction.of_folder(target), "Stop: it won"),
+        recommended_path="/out/recommended" if target else None,
+        steps_saved=170 if target else 0,
+        predictions=[predicted(folder, 30, Prediction.of_folder(folder.name)) for folder in predictions],
     )
 
 
-def report_of(action: str, target: str | None) -> dict[str, Any]:
-    rows = [
-        {"name": name, "method": method, "score": 0.5, "metrics": {"val-aux/x": 1.0}}
-        for name, method in (("observed-step_30", None), ("relex-step_60", "relex"))
-    ]
-    return {
-        "fits": {"tensors": [{"tensor": name, "shape": [2, 3], "line_r2": None} for name in ("a", "b")]},
-        "validation_scores": rows,
-        "screened_out": {"poly": "it misses by 3.00 times"},
-        "advice": {"action": action, "target": target, "reason": "Stop: it won"},
-        "recommended_path": "/out/recommended" if target else None,
-        "steps_saved": 170 if target else 0,
-    }
-
-
 @pytest.fixture
-def predicted(tmp_path: Path) -> list[Path]:
-    folders = [tmp_path / "relex-step_60", tmp_path / "relex-step_100"]
-    for folder in folders:
+def folders(tmp_path: Path) -> list[Path]:
+    both = [tmp_path / "relex-step_60", tmp_path / "relex-step_100"]
+    for folder in both:
         folder.mkdir()
-        (folder / "relex.json").write_text(json.dumps({"method": "relex", "target": 60}))
+        facts = Provenance.of(Prediction.of_folder(folder.name), "base", 30, STEPS, Path("/trajectory"))
+        (folder / "relex.json").write_text(json.dumps(facts.to_json()))
         (folder / "model.safetensors").write_bytes(bytes(100))
-    return folders
+    return both
 
 
-def test_wandb_gets_it_all(predicted: list[Path]) -> None:
+def test_wandb_gets_it_all(folders: list[Path]) -> None:
     wandb = WandbMock()
     figures = {name: Path(f"{name}.png") for name in ("coefficients", "spectrum", "r2_by_layer", "backtest", "scores")}
-    log_cut(wandb, 30, report_of("stop", "relex-step_60"), figures, predicted)
+    log_cut(wandb, report_of("stop", folders, "relex-step_60"), figures)
     ((logged, step),) = wandb.logged
     assert step == 30
     assert logged["relex/tensors"].data == [["a", "[2, 3]", None], ["b", "[2, 3]", None]]
-    assert logged["relex/candidates"].columns == ["name", "method", "score"]
+    assert logged["relex/candidates"].columns == [of.name for of in fields(Scored) if of.name != "metrics"]
     assert [row[0] for row in logged["relex/candidates"].data] == ["observed-step_30", "relex-step_60"]
     assert logged["relex/screened_out"].data == [["poly", "it misses by 3.00 times"]]
     assert {name for name in logged if "figures" in name} == {f"relex/figures/{name}" for name in figures}
@@ -128,42 +116,34 @@ def test_wandb_gets_it_all(predicted: list[Path]) -> None:
     assert wandb.alerts == [("RELEX: stop", "Stop: it won")]
     artifact, aliases = wandb.artifacts["relex-step_60-r1"]
     assert (artifact.type, artifact.metadata["method"]) == ("model", "relex")
-    assert artifact.added == [("dir", str(predicted[0]))]
+    assert artifact.added == [("dir", str(folders[0]))]
     assert aliases == ["latest", "recommended"]
     assert wandb.artifacts["relex-step_100-r1"][1] == ["latest"]
 
 
-def test_wandb_gets_large_checkpoints_by_reference(predicted: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_gets_large_checkpoints_by_reference(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is copied, and nothing read: the training waits meanwhile."""
     monkeypatch.setattr(reporting_wandb, "UPLOAD_LIMIT", 100)
     wandb = WandbMock()
-    log_cut(wandb, 30, report_of("stop", "relex-step_60"), {}, predicted)
-    assert wandb.artifacts["relex-step_60-r1"][0].added == [("reference", predicted[0].as_uri(), False)]
+    log_cut(wandb, report_of("stop", folders, "relex-step_60"), {})
+    assert wandb.artifacts["relex-step_60-r1"][0].added == [("reference", folders[0].as_uri(), False)]
 
 
-def test_wandb_of_a_cut_without_scores(predicted: list[Path]) -> None:
+def test_wandb_of_a_cut_without_scores(folders: list[Path]) -> None:
     wandb = WandbMock()
-    report = {**report_of("unscored", None), "validation_scores": [], "screened_out": {}}
-    log_cut(wandb, 30, report, {}, predicted)
+    log_cut(wandb, replace(report_of("unscored", folders), validation_scores=[], screened_out={}), {})
     assert wandb.logged[0][0].keys() == {"relex/tensors"}
     assert wandb.run.summary == {"relex/advice": "unscored"}
     assert all("recommended" not in aliases for _, aliases in wandb.artifacts.values())
 
 
-def test_a_real_artifact_takes_a_reference_without_reading_it(predicted: list[Path]) -> None:
+def test_a_real_artifact_takes_a_reference_without_reading_it(folders: list[Path]) -> None:
     """W&B's own class: a digest of the path, whatever the file holds."""
     wandb = pytest.importorskip("wandb")
     digests = []
     for content in (b"one", b"two"):
-        (predicted[0] / "model.safetensors").write_bytes(content)
+        (folders[0] / "model.safetensors").write_bytes(content)
         artifact = wandb.Artifact("relex", type="model")
-        artifact.add_reference(predicted[0].as_uri(), checksum=False)
+        artifact.add_reference(folders[0].as_uri(), checksum=False)
         digests.append(artifact.manifest.entries["model.safetensors"].digest)
     assert digests[0] == digests[1]
-
-
-def test_provenance_names_what_made_it() -> None:
-    prediction = SimpleNamespace(method="relex", rank=1, target=60, fit_from=1)
-    facts = provenance.provenance("base", prediction, 30, [1, 2], Path("/t"))
-    assert facts["target"] == 60
-    assert {"python", "torch"} <= facts["versions"].keys()

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from cut_reports import cut_report, scored
 from pictures import check_page, check_png
 
+from relex_verl.maths.advice import Advice
 from relex_verl.maths.diagnostics import backtest_error
 from relex_verl.maths.gram import delta_gram
 from relex_verl.maths.window import Window
 from relex_verl.reporting import metrics, plots, report
+from relex_verl.reporting.findings import EarlierCut
 
 STEPS = [2, 4, 6, 8, 10, 12]
 NAMES = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"]
@@ -27,11 +30,11 @@ def window() -> Window:
     return Window(NAMES, STEPS, delta_gram(increments @ increments.transpose(1, 2)))
 
 
-def row(name: str, method: str | None, target: int, score: float, error: float = 0.02) -> dict[str, Any]:
-    return {"name": name, "method": method, "target": target, "score": score, "standard_error": error, "seconds": 3.0}
-
-
-ROWS = [row("observed-step_12", None, 12, 0.6), row("relex-step_24", "relex", 24, 0.7), row(EVIL, "poly", 24, 0.1)]
+ROWS = [
+    scored("observed-step_12", 12, 0.6, None),
+    scored("relex-step_24", 24, 0.7),
+    scored(EVIL, 24, 0.1, "poly"),
+]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +86,7 @@ def test_scores_are_drawn_with_the_spread_over_the_prompts(tmp_path: Path, monke
         return [stem.with_suffix(".svg"), stem.with_suffix(".png")]
 
     monkeypatch.setattr(plots, "plot_horizon", keep)
-    rows = [row("observed-step_12", None, 12, -3.0, 0.5), row("relex-step_24", "relex", 24, -2.0, 0.1)]
+    rows = [scored("observed-step_12", 12, -3.0, None, 0.5), scored("relex-step_24", 24, -2.0, "relex", 0.1)]
     assert report.horizon_figure(tmp_path, rows) == tmp_path / "scores.png"
     assert seen["baseline"] == plots.Score(12, -3.0, pytest.approx(-3.98), pytest.approx(-2.02))
     assert seen["series"] == {"relex": [plots.Score(24, -2.0, pytest.approx(-2.196), pytest.approx(-1.804))]}
@@ -108,16 +111,16 @@ def test_the_page_needs_no_network_and_says_it_all(window: Window, tmp_path: Pat
     fits = metrics.fit_report(window, [[6, 10]] * 3, 1)
     figures = report.window_figures(tmp_path / "figures", window, [24], ["relex"])
     figures["scores"] = report.horizon_figure(tmp_path / "figures", ROWS)
-    earlier = {"t_cut": 6, "advice": {"reason": "Keep training: relex-step_12 scores 0.1"}, "validation_scores": ROWS}
-    content = {
-        "t_cut": 12,
-        "observed_steps": STEPS,
-        "advice": {"action": "keep_training", "reason": f"Keep training: {EVIL}"},
-        "validation_scores": ROWS,
-        "screened_out": {"poly": f"v1 turned {EVIL}"},
-        "earlier_cuts": [earlier, {**earlier, "validation_scores": []}],
-        "fits": fits,
-    }
+    lost = Advice("keep_training", None, "Keep training: relex-step_12 scores 0.1")
+    content = cut_report(
+        12,
+        observed_steps=STEPS,
+        advice=Advice("keep_training", None, f"Keep training: {EVIL}"),
+        validation_scores=ROWS,
+        screened_out={"poly": f"v1 turned {EVIL}"},
+        earlier_cuts=[EarlierCut(6, lost, ROWS, {}), EarlierCut(6, lost, [], {})],
+        fits=fits,
+    )
     path = tmp_path / "report.html"
     report.write_html(path, content, figures)
     page = path.read_text()

@@ -2,46 +2,67 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cut_reports import FOUND, earlier_cut
 from pictures import check_page, check_png
 from stand_ins import CUT, Host
 from wandb_mock import WandbMock
 
+from relex_verl.maths.extrapolators import Prediction
+from relex_verl.reporting.findings import CutReport, Fits
+from relex_verl.reporting.provenance import Provenance
 from relex_verl.run import announce
 from relex_verl.run.config import RelexConfig
 from relex_verl.run.cut import Verdict, decide
 from relex_verl.run.output import OutputFolder
+from relex_verl.run.schedule import Schedule
 
 CONFIG = RelexConfig.from_mapping({"t_cut": CUT, "observe_every": 1, "targets": [20], "max_candidates": 2})
-FITS = {"tensors": [{"tensor": "w", "line_r2": 0.9}], "random_walk_null": {"line_r2": 0.96}}
-WINDOW = {"steps": [1, 2, 3, 4], "fits": FITS, "backtests": {"relex": 0.5}, "drift": 0.0, "agreement": 1.0}
+FITS = Fits(summary={}, random_walk_null={"line_r2": 0.96}, tensors=[{"tensor": "w", "line_r2": 0.9}])
+PROVENANCE = Provenance.of(Prediction("relex", 20), "base", CUT, FOUND.steps, Path("/run/trajectory"))
+FINDINGS = replace(FOUND, fits=FITS)
 
 
 @pytest.fixture
 def verdict() -> Verdict:
-    return decide(Host({CUT: 0.5, 20: 0.9}), CONFIG, CONFIG.plan(100), WINDOW)  # type: ignore[arg-type]
+    return decide(Host({CUT: 0.5, 20: 0.9}), CONFIG, CONFIG.plan(100), FINDINGS)  # type: ignore[arg-type]
 
 
-def shown(folder: Path, verdict: Verdict, loggers: dict[str, Any]) -> dict[str, Any]:
+def shown(folder: Path, verdict: Verdict, loggers: dict[str, Any]) -> CutReport:
     output = OutputFolder(folder)
-    written = output.path / "predicted" / "relex-step_20"
-    written.mkdir(parents=True, exist_ok=True)
-    (written / "relex.json").write_text('{"target": 20}')
-    found = announce.report(CUT, WINDOW, verdict, output, {written: {"target": 20}})
-    announce.show(output, loggers, CUT, {**found, "steps_saved": 16}, {}, verdict)
-    return found
+    folder = output.path / "predicted" / "relex-step_20"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "relex.json").write_text(json.dumps(PROVENANCE.to_json()))
+    written = {folder: PROVENANCE}
+    schedule = Schedule(CONFIG, 100)
+    schedule.earlier.append(earlier_cut(2))
+    report = announce.report(CUT, FINDINGS, verdict, output, written, {"relex/drift": 0.1}, schedule)
+    announce.show(output, loggers, report, {}, verdict)
+    return report
 
 
 def test_the_report_of_a_cut(tmp_path: Path, verdict: Verdict) -> None:
-    found = shown(tmp_path, verdict, {})
-    assert found["advice"]["action"] == "stop"
-    assert found["recommended_path"] == str(tmp_path / "recommended")
-    assert found["predictions"] == [{"path": str(tmp_path / "predicted" / "relex-step_20"), "target": 20}]
-    assert [row["name"] for row in found["validation_scores"]] == ["observed-step_4", "relex-step_20", "relex-step_40"]
-    json.dumps(found)
+    report = shown(tmp_path, verdict, {})
+    assert report.advice.action == "stop"
+    assert report.recommended_path == str(tmp_path / "recommended")
+    assert report.steps_saved == 100 - CUT
+    (prediction,) = report.predictions
+    assert prediction.path == str(tmp_path / "predicted" / "relex-step_20")
+    assert prediction.to_json() == {**PROVENANCE.to_json(), "path": prediction.path}
+    assert [row.name for row in report.validation_scores] == ["observed-step_4", "relex-step_20", "relex-step_40"]
+    assert (report.observed_steps, report.fits, report.backtests) == (FOUND.steps, FITS, FOUND.backtests)
+    assert (report.metrics, report.earlier_cuts) == ({"relex/drift": 0.1}, [earlier_cut(2)])
+    assert CutReport.from_json(json.loads(json.dumps(report.to_json(), allow_nan=False))) == report
+
+
+def test_nothing_is_recommended_or_saved_without_a_win(tmp_path: Path) -> None:
+    lost = decide(Host({CUT: 0.9, 20: 0.5}), CONFIG, CONFIG.plan(100), FINDINGS)
+    report = shown(tmp_path, lost, {})
+    assert (report.advice.action, report.recommended_path, report.steps_saved) == ("keep_training", None, 0)
 
 
 def test_a_cut_is_shown_at_the_top_and_kept_by_itself(tmp_path: Path, verdict: Verdict) -> None:

@@ -16,6 +16,7 @@ from relex_verl.run.ranks import RelexError
 from relex_verl.run.validation import ValidationTimeout
 from relex_verl.trajectory.index import TrajectoryError
 
+OLD_REPORT = Path(__file__).parents[1] / "golden" / "report_0_1_0.json"
 WINS = {CUT: 0.5, 20: 0.9}
 LOSES = {CUT: 0.7, 6: 0.6, 20: 0.1}
 
@@ -299,6 +300,27 @@ def test_a_run_with_a_final_verdict_is_not_cut_again(tmp_path: Path, fails: Exce
     resumed, workers = started(tmp_path, step=CUT + 1)
     assert not resumed.active
     assert "relex_open" not in workers.calls
+
+
+def test_a_run_that_0_1_0_began_goes_on(tmp_path: Path) -> None:
+    """Its report knows no schema_version; what it decided stands."""
+    old = json.loads(OLD_REPORT.read_text())
+    kept = tmp_path / "scores" / "cut_30" / "report.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text(json.dumps(old))
+    decided, workers = started(tmp_path, step=31, steps=400, t_cut=30, targets=[60])
+    assert not decided.active  # it had won
+    assert "relex_open" not in workers.calls
+    lost = {**old["advice"], "action": "keep_training", "target": None}
+    kept.write_text(json.dumps({**old, "advice": lost}))
+    resumed, _ = started(tmp_path, step=31, steps=400, t_cut=30, targets=[60])
+    assert resumed.plan.t_cut == 60
+    train(resumed, 32, 60)
+    resumed.on_rollout_ready(60, Host({60: 0.5, 120: 0.9}, cut=60))
+    assert report(tmp_path)["earlier_cuts"] == [
+        {"t_cut": 30, "advice": lost, "validation_scores": old["validation_scores"], "screened_out": {}}
+    ]
+    assert report(tmp_path)["advice"]["alpha"] == pytest.approx(0.05 / 4)
 
 
 def test_a_cut_that_is_made_again_forgets_what_it_gave_before(tmp_path: Path) -> None:

@@ -1,10 +1,12 @@
 """The decision at a cut: never from how good a fit looks, never for weights that score no better."""
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from cut_reports import FOUND
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stand_ins import CUT, METRIC, PROMPTS, Host
@@ -15,16 +17,16 @@ from relex_verl.maths.extrapolators import Prediction
 from relex_verl.maths.gram import delta_gram
 from relex_verl.maths.search import screen
 from relex_verl.maths.window import Window
+from relex_verl.reporting.findings import Findings
 from relex_verl.run.config import RelexConfig
 from relex_verl.run.cut import Verdict, decide
 from relex_verl.run.validation import Validation, ValidationTimeout
 
 CONFIG = RelexConfig.from_mapping({"t_cut": CUT, "observe_every": 1, "targets": [20]})
-WINDOW = {"backtests": {"relex": 0.5}, "drift": 0.0, "agreement": 1.0}
 
 
-def verdict_of(host: Any, window: dict[str, Any] = WINDOW, config: RelexConfig = CONFIG, share: float = 1.0) -> Verdict:
-    return decide(host, config, config.plan(100), window, share)
+def verdict_of(host: Any, findings: Findings = FOUND, config: RelexConfig = CONFIG, share: float = 1.0) -> Verdict:
+    return decide(host, config, config.plan(100), findings, share)
 
 
 class Fixed:
@@ -41,7 +43,7 @@ class Fixed:
 
 
 @st.composite
-def random_walks(draw: st.DrawFn) -> dict[str, Any]:
+def random_walks(draw: st.DrawFn) -> Findings:
     """What rank 0 says of tensors whose increments have nothing to do with one another."""
     rows, size = draw(st.integers(2, 24)), draw(st.integers(2, 300))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
@@ -53,11 +55,12 @@ def random_walks(draw: st.DrawFn) -> dict[str, Any]:
     window = Window([str(i) for i in range(len(gram_LTT))], steps, gram_LTT)
     figures = describe(window)
     methods = draw(st.lists(st.sampled_from(["relex", "anchored", "two-point", "poly"]), min_size=1, unique=True))
-    return {
-        "backtests": {method: half_backtest(window, method) for method in methods},
-        "drift": figures["drift"].nanmean().item(),
-        "agreement": split_half_agreement(gram_LTT).nanmean().item(),
-    }
+    return replace(
+        FOUND,
+        backtests={method: half_backtest(window, method) for method in methods},
+        drift=figures["drift"].nanmean().item(),
+        agreement=split_half_agreement(gram_LTT).nanmean().item(),
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -68,14 +71,14 @@ def random_walks(draw: st.DrawFn) -> dict[str, Any]:
     st.floats(0.5, 0.999),
 )
 def test_a_random_walk_is_never_advice_to_stop(
-    window: dict[str, Any], fails: Exception | None, quality: float, confidence: float
+    findings: Findings, fails: Exception | None, quality: float, confidence: float
 ) -> None:
     """However straight it looks: without scores, or with scores that are the same, nothing is recommended."""
-    kept, reasons = screen(window["backtests"], window["drift"], window["agreement"])
+    kept, reasons = screen(findings.backtests, findings.drift, findings.agreement)
     assert kept
-    assert set(kept) | set(reasons) == set(window["backtests"])
+    assert set(kept) | set(reasons) == set(findings.backtests)
     config = RelexConfig.from_mapping({**vars(CONFIG), "confidence": confidence})
-    verdict = verdict_of(Host({CUT: quality}, fails=fails), window, config)
+    verdict = verdict_of(Host({CUT: quality}, fails=fails), findings, config)
     assert verdict.advice.action == ("unscored" if fails else "keep_training")
     assert verdict.winner is None
 
@@ -151,22 +154,24 @@ def test_what_was_scored_before_a_failure_is_kept() -> None:
     verdict = verdict_of(FailsLater({CUT: 0.5, 20: 0.9}))
     assert verdict.advice.action == "unscored"
     assert "OSError: the reward server is gone" in verdict.advice.reason
-    assert [row["name"] for row in verdict.rows(CUT)] == ["observed-step_4", "relex-step_20"]
+    assert [row.name for row in verdict.rows(CUT)] == ["observed-step_4", "relex-step_20"]
     assert verdict.winner is None
 
 
 def test_rows_and_metrics() -> None:
     verdict = verdict_of(Host({CUT: 0.5, 20: 0.9}))
     held, first, *_ = verdict.rows(CUT)
-    assert (held["name"], held["method"], held["target"]) == ("observed-step_4", None, CUT)
-    assert (first["name"], first["method"], first["target"]) == ("relex-step_20", "relex", 20)
-    assert first["standard_error"] == pytest.approx((first["score"] * (1 - first["score"]) / 399) ** 0.5)
+    assert (held.name, held.method, held.target) == ("observed-step_4", None, CUT)
+    assert (first.name, first.method, first.target) == ("relex-step_20", "relex", 20)
+    assert first.standard_error == pytest.approx((first.score * (1 - first.score) / 399) ** 0.5)
     metrics = verdict.metrics()
-    assert metrics[f"relex/val/relex-step_20/{METRIC}"] == first["score"]
+    assert metrics[f"relex/val/relex-step_20/{METRIC}"] == first.score
     assert metrics["relex/val/relex-step_20/seconds"] == metrics["relex/val/observed/seconds"] == 1.0
     assert metrics["relex/val/seconds"] == 1.0 + metrics["relex/val/candidates"]
 
 
 def test_a_screening_that_fails_is_unscored() -> None:
-    assert verdict_of(Host({CUT: 0.5}), window={}).advice.action == "unscored"
-    assert verdict_of(Host({CUT: 0.5}), window={**WINDOW, "backtests": {}}).advice.action == "unscored"
+    assert (
+        verdict_of(Host({CUT: 0.5}), replace(FOUND, backtests={"relex": 0.5, "poly": None})).advice.action == "unscored"
+    )
+    assert verdict_of(Host({CUT: 0.5}), replace(FOUND, backtests={})).advice.action == "unscored"

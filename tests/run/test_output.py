@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cut_reports import advised, cut_report
 
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.run.config import ConfigError
@@ -27,10 +28,6 @@ def left_by(folder: Path, steps: list[int], base: str = "base", experiment: str 
         (folder / name).mkdir()
     (folder / "report.json").write_text("{}")
     return output
-
-
-def report(t_cut: int, **more: Any) -> dict[str, Any]:
-    return {"t_cut": t_cut, "advice": {"action": "keep_training"}, "validation_scores": [], "screened_out": {}, **more}
 
 
 def test_an_empty_folder_is_anyones(tmp_path: Path) -> None:
@@ -82,32 +79,41 @@ def test_an_index_that_cannot_be_read_is_not_overwritten(tmp_path: Path) -> None
 
 def test_cuts_are_kept_each_and_the_latest_at_the_top(tmp_path: Path) -> None:
     output = OutputFolder(tmp_path)
-    output.keep(4, report(4, fits={"drift": float("nan")}))
-    output.keep(16, report(16))
+    first = cut_report(4, advice=advised("keep_training"), backtests={"relex": float("nan")})
+    output.keep(first)
+    output.keep(cut_report(16))
     output.keep_scores(16, {"relex-step_20": Validation({}, "", {"1+1=": [1.0, 0.0]}, 0.1)})
     assert json.loads((tmp_path / "report.json").read_text())["t_cut"] == 16
-    assert json.loads((tmp_path / "scores/cut_4/report.json").read_text())["fits"] == {"drift": None}
+    assert json.loads((tmp_path / "scores/cut_4/report.json").read_text())["backtests"] == {"relex": None}
     assert json.loads((tmp_path / "scores/cut_16/relex-step_20.json").read_text()) == {"1+1=": [1.0, 0.0]}
-    assert [cut["t_cut"] for cut in output.earlier_cuts(16)] == [4, 16]
-    assert [cut["t_cut"] for cut in output.earlier_cuts(15)] == [4]
+    assert [cut.t_cut for cut in output.earlier_cuts(16)] == [4, 16]
+    assert output.earlier_cuts(15) == [first.summary]
     assert output.earlier_cuts(3) == []
 
 
 def test_a_cut_that_is_made_again_clears_itself_and_what_came_after(tmp_path: Path) -> None:
     output = OutputFolder(tmp_path)
     for t_cut in (4, 8, 12):
-        output.keep(t_cut, report(t_cut))
+        output.keep(cut_report(t_cut))
     (tmp_path / "figures").mkdir()
     output.begin_cut(8)
-    assert [cut["t_cut"] for cut in output.earlier_cuts(100)] == [4]
+    assert [cut.t_cut for cut in output.earlier_cuts(100)] == [4]
     assert not (tmp_path / "figures").exists()
 
 
-def test_a_damaged_report_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", r"cut_4/report\.json is damaged"),
+        ("{}", r"cut_4/report\.json lacks t_cut"),
+        ('{"schema_version": 9}', r"cut_4/report\.json has schema_version 9, this relex-verl reads up to 1"),
+    ],
+)
+def test_a_report_that_cannot_be_read_is_named(tmp_path: Path, content: str, says: str) -> None:
     output = OutputFolder(tmp_path)
-    output.keep(4, report(4))
-    (tmp_path / "scores/cut_4/report.json").write_text("{}")
-    with pytest.raises(TrajectoryError, match=r"cut_4/report\.json is damaged"):
+    output.keep(cut_report(4))
+    (tmp_path / "scores/cut_4/report.json").write_text(content)
+    with pytest.raises(TrajectoryError, match=f"{says}.*: remove that file, or this run's output folder"):
         output.earlier_cuts(9)
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from cut_reports import earlier_cut
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,17 +16,13 @@ def schedule(total_steps: int = 20, **relex: Any) -> Schedule:
     return Schedule(RelexConfig.from_mapping({"t_cut": 4, "targets": [20], **relex}), total_steps)
 
 
-def verdict(t_cut: int, action: str = "keep_training") -> dict[str, Any]:
-    return {"t_cut": t_cut, "advice": {"action": action, "reason": f"{action}."}}
-
-
 def walked(of: Schedule) -> list[int]:
     """All cuts that a run without a win makes, spending alpha on the way."""
     cuts, shares = [], []
     while of.plan is not None:
         cuts.append(of.plan.t_cut)
         shares.append(of.alpha_share)
-        of.earlier.append(verdict(of.plan.t_cut))
+        of.earlier.append(earlier_cut(of.plan.t_cut))
         of.plan = of.following()
     assert sum(shares) == pytest.approx(1.0)
     return cuts
@@ -67,7 +64,7 @@ def test_a_resume_goes_on_where_the_run_would_be(t_cut: int, total: int, data: s
     step = data.draw(st.integers(1, total))
     told = data.draw(st.booleans())  # whether the cut of that very step had come to its verdict
     behind = [cut for cut in cuts if cut < step or (cut == step and told)]
-    of.resume(step, [verdict(cut) for cut in behind])
+    of.resume(step, [earlier_cut(cut) for cut in behind])
     following = [cut for cut in cuts if cut not in behind]
     assert (None if of.plan is None else of.plan.t_cut) == (following[0] if following else None)
 
@@ -75,5 +72,5 @@ def test_a_resume_goes_on_where_the_run_would_be(t_cut: int, total: int, data: s
 @pytest.mark.parametrize("action", ["stop", "unscored"])
 def test_a_final_verdict_is_the_last(action: str) -> None:
     of = schedule()
-    of.resume(9, [verdict(4), verdict(8, action)])
+    of.resume(9, [earlier_cut(4), earlier_cut(8, action)])
     assert of.plan is None

@@ -1,6 +1,5 @@
 """Predicted checkpoints on disk: one, or a grid with a manifest. No folder is filled with another prediction than it had."""
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice, product
@@ -10,7 +9,8 @@ from typing import Any
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.offline.analysis.windows import observed_until
 from relex_verl.pipeline.prediction import extrapolate, write_checkpoint
-from relex_verl.reporting.provenance import provenance, versions
+from relex_verl.reporting.provenance import Provenance, versions
+from relex_verl.reporting.records import RecordError
 from relex_verl.trajectory.files import write_json
 from relex_verl.trajectory.shards import TensorShard
 from relex_verl.trajectory.store import Trajectory
@@ -22,7 +22,7 @@ def write_prediction(
     trajectory: Trajectory,
     shards: Iterable[TensorShard],
     folder: Path,
-    facts: Mapping[str, Any],
+    provenance: Provenance,
     progress: Callable[[int], None] = lambda elements: None,
 ) -> Path:
     """Write a predicted checkpoint, unless its folder holds a prediction that was made otherwise.
@@ -33,24 +33,25 @@ def write_prediction(
         trajectory: what it is predicted from.
         shards: every shard of every rank.
         folder: the destination.
-        facts: for `relex.json`.
+        provenance: for `relex.json`.
         progress: called with the number of elements of each shard written.
 
     Raises:
         ValueError: another prediction is there.
     """
-    there, here = _facts_in(folder), json.loads(json.dumps(facts))  # as JSON has them
-    differing = [key for key in {**there, **here} if there.get(key) != here.get(key) and key != "versions"]
-    if there and differing:
-        key = differing[0]
-        raise ValueError(
-            f"{folder} holds another prediction ({key} {there.get(key)!r} there, {here.get(key)!r} here): give another "
-            "--out, or remove it"
-        )
+    cure = "give another --out, or remove it"
+    try:
+        there = _provenance_in(folder)
+    except RecordError as error:
+        raise ValueError(f"{folder} holds something else than this prediction ({error}): {cure}") from None
+    differing = there.differing(provenance) if there is not None else []
+    if differing:
+        key, theirs, ours = differing[0]
+        raise ValueError(f"{folder} holds another prediction ({key} {theirs!r} there, {ours!r} here): {cure}")
     shards = iter(shards)
     first = list(islice(shards, 1))  # what cannot be fitted says so here, before a folder is made for it
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return write_checkpoint(trajectory, chain(first, shards), folder, facts, progress=progress)
+    return write_checkpoint(trajectory, chain(first, shards), folder, provenance.to_json(), progress=progress)
 
 
 def sweep(
@@ -92,12 +93,12 @@ def sweep(
             continue
         prediction = Prediction(method, target, rank, fit_from)
         folder, place = out / f"cut_{cut}" / prediction.folder_name, trajectory.folder.resolve()
-        facts = provenance(trajectory.index.base_model, prediction, cut, rows_of[cut], place)
+        provenance = Provenance.of(prediction, trajectory.index.base_model, cut, rows_of[cut], place)
         advance = partial(progress, f"cut {cut}, {prediction.folder_name}")
-        if _is_complete(folder, facts):
+        if _is_complete(folder, provenance):
             advance(trajectory.elements)
         else:
-            write_prediction(trajectory, extrapolate(trajectory, cut, prediction), folder, facts, advance)
+            write_prediction(trajectory, extrapolate(trajectory, cut, prediction), folder, provenance, advance)
         row = {"path": str(folder.relative_to(out)), "method": method, "rank": rank, "fit_from": fit_from}
         predictions.append({**row, "t_cut": cut, "target": target})
         _write_manifest(out, trajectory, predictions)
@@ -123,14 +124,17 @@ def _write_manifest(out: Path, trajectory: Trajectory, predictions: Sequence[Map
     write_json(out / "manifest.json", {**facts, "versions": versions(), "predictions": list(predictions)})
 
 
-def _is_complete(folder: Path, facts: Mapping[str, Any]) -> bool:
-    there = _facts_in(folder)
-    return bool(there) and all(there.get(key) == value for key, value in facts.items() if key != "versions")
-
-
-def _facts_in(folder: Path) -> dict[str, Any]:
-    """What `relex.json` in a folder says; nothing where there is none."""
+def _is_complete(folder: Path, provenance: Provenance) -> bool:
     try:
-        return dict(json.loads((folder / "relex.json").read_text()))
-    except (OSError, ValueError):
-        return {}
+        there = _provenance_in(folder)
+    except RecordError:
+        return False
+    return there is not None and not there.differing(provenance)
+
+
+def _provenance_in(folder: Path) -> Provenance | None:
+    """What `relex.json` in a folder says; None where there is none."""
+    try:
+        return Provenance.read(folder / "relex.json")
+    except OSError:
+        return None

@@ -6,7 +6,6 @@ ranks add up their parts); of an fp32 trajectory float32 states without any furt
 and at least 99.99 % of the predicted bfloat16 weights. An interrupted pass goes on after the last committed step.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,6 +25,8 @@ from relex_verl.offline.ingest.checkpoints import (
 from relex_verl.offline.ingest.layout import Checkpoint, Layout, check_same_origin, check_tied
 from relex_verl.offline.ingest.source import CheckpointSource
 from relex_verl.pipeline.observer import Observation, Observer
+from relex_verl.reporting.provenance import Checkout
+from relex_verl.reporting.records import RecordError
 from relex_verl.trajectory.collectors import RowCollector
 from relex_verl.trajectory.hf_checkpoint import resolve_model
 from relex_verl.trajectory.index import step_ranges
@@ -227,9 +228,10 @@ def _common_layout(
 def _is_checkout(folder: Path) -> bool:
     """Whether `relex-verl checkout` wrote it: it alone says how far off its weights can be."""
     try:
-        return "max_error" in json.loads((folder / "relex.json").read_text())
-    except (OSError, ValueError):
+        Checkout.read(folder / "relex.json")
+    except (OSError, RecordError):
         return False
+    return True
 
 
 def _begun(out: Path, base_model: str, source: str, options: Options) -> Trajectory | None:
