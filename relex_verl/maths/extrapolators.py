@@ -273,18 +273,6 @@ class Prediction:
         """Name of its checkpoint folder."""
         return f"{self.method}-step_{self.target}"
 
-    @classmethod
-    def of_folder(cls, name: str) -> "Prediction":
-        """What a folder's name says: method and target; rank and first step it does not know.
-
-        Raises:
-            ValueError: another name.
-        """
-        method, _, step = name.rpartition("-step_")
-        if not method or not step.isdecimal():
-            raise ValueError(f"{name!r} is no prediction's name, such as 'relex-step_500'")
-        return cls(method, int(step))
-
 
 def fit_weights(window: Window, prediction: Prediction) -> torch.Tensor:
     """a of a prediction, fitted on the rows from its `fit_from` on; rows before (a warm-up) get weight 0.

@@ -130,7 +130,8 @@ def _fields(kind: Any, content: Mapping[str, Any], where: str, key: str) -> Any:
 
 
 def _prediction(name: str, where: str, key: str) -> Prediction:
-    try:
-        return Prediction.of_folder(name)
-    except ValueError as error:
-        raise RecordError(f"{where} is damaged: {key}: {error}") from None
+    """Method and target, as the name of a folder says them; rank and first step it does not know."""
+    method, _, step = name.rpartition("-step_")
+    if not method or not step.isdecimal():
+        raise RecordError(f"{where} is damaged: {key}: {name!r} is no prediction's name, such as 'relex-step_500'")
+    return Prediction(method, int(step))

@@ -192,21 +192,6 @@ def test_fit_from_must_leave_enough_rows(name):
         fit_weights(window, Prediction(name, 100, fit_from=WINDOW_STEPS[-METHODS[name].min_rows] + 1))
 
 
-@pytest.mark.parametrize(
-    "prediction", [Prediction("relex", 500), Prediction("anchored-half", 7), Prediction("x-step_1", 2)]
-)
-def test_a_folder_names_method_and_target(prediction):
-    assert Prediction.of_folder(prediction.folder_name) == prediction
-
-
-@pytest.mark.parametrize(
-    "name", ["relex", "relex-step_", "relex-step_-4", "-step_5", "alpharl-score_0.6", "relex-step_5b"]
-)
-def test_another_name_is_no_predictions(name):
-    with pytest.raises(ValueError, match="is no prediction's name, such as 'relex-step_500'"):
-        Prediction.of_folder(name)
-
-
 def test_from_step_0_and_from_step_1_on_are_all_rows():
     window = Dense([1, 2, 3, 5, 8, 13], [increments_of("walk", np.random.default_rng(6), 6, 60)]).window
     whole = fit_weights(window, Prediction("relex", 100))

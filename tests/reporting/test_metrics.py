@@ -79,10 +79,14 @@ def report_of(action: str, predictions: list[Path], target: str | None = None) -
         fits=Fits({}, {}, [{"tensor": name, "shape": [2, 3], "line_r2": None} for name in ("a", "b")]),
         validation_scores=[scored("observed-step_30", 30, 0.5, None), scored("relex-step_60", 60, 0.5)],
         screened_out={"poly": "it misses by 3.00 times"},
-        advice=Advice(action, None if target is None else Prediction.of_folder(target), "Stop: it won"),
+        advice=Advice(
+            action, None if target is None else Prediction("relex", int(target.split("_")[1])), "Stop: it won"
+        ),
         recommended_path="/out/recommended" if target else None,
         steps_saved=170 if target else 0,
-        predictions=[predicted(folder, 30, Prediction.of_folder(folder.name)) for folder in predictions],
+        predictions=[
+            predicted(folder, 30, Prediction("relex", int(folder.name.split("_")[1]))) for folder in predictions
+        ],
     )
 
 
@@ -91,7 +95,9 @@ def folders(tmp_path: Path) -> list[Path]:
     both = [tmp_path / "relex-step_60", tmp_path / "relex-step_100"]
     for folder in both:
         folder.mkdir()
-        facts = Provenance.of(Prediction.of_folder(folder.name), "base", 30, STEPS, Path("/trajectory"))
+        facts = Provenance.of(
+            Prediction("relex", int(folder.name.split("_")[1])), "base", 30, STEPS, Path("/trajectory")
+        )
         (folder / "relex.json").write_text(json.dumps(facts.to_json()))
         (folder / "model.safetensors").write_bytes(bytes(100))
     return both

@@ -62,6 +62,12 @@ def test_a_record_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert Sheet.from_json({**WRITTEN, "note": "n", "of a later release": 1}).to_json() == {**WRITTEN, "note": "n"}
 
 
+@pytest.mark.parametrize("name", ["relex-step_", "relex-step_-4", "-step_5", "alpharl-score_0.6", "relex-step_5b"])
+def test_another_name_is_no_predictions(name: str) -> None:
+    with pytest.raises(RecordError, match="is no prediction's name, such as 'relex-step_500'"):
+        Sheet.from_json({**WRITTEN, "chosen": name})
+
+
 def test_null_is_nan_where_a_number_has_to_be_and_none_where_it_need_not() -> None:
     undefined = Sheet(4, [Part("a", math.nan)], {"relex": math.inf}, None, None).to_json()
     assert (undefined["parts"], undefined["errors"]) == ([{"name": "a", "score": None}], {"relex": None})
