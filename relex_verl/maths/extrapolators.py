@@ -287,12 +287,11 @@ def fit_weights(window: Window, prediction: Prediction) -> torch.Tensor:
     Raises:
         ValueError: too few rows are left for the method.
     """
-    method = METHODS[prediction.method]
-    fitted = window.since(prediction.fit_from)
-    if fitted.rows < method.min_rows:
+    method, fit_from = METHODS[prediction.method], prediction.fit_from
+    rows = sum(step >= fit_from for step in window.steps)
+    if rows < method.min_rows:
         raise ValueError(
-            f"{prediction.method} needs {method.min_rows} observed steps from {prediction.fit_from} on, there are "
-            f"{fitted.rows}"
+            f"{prediction.method} needs {method.min_rows} observed steps from {fit_from} on, there are {rows}"
         )
-    weights_LT = method.weights(fitted, prediction.target, prediction.rank)
-    return torch.nn.functional.pad(weights_LT, (window.rows - fitted.rows, 0))
+    weights_LT = method.weights(window.since(fit_from), prediction.target, prediction.rank)
+    return torch.nn.functional.pad(weights_LT, (window.rows - rows, 0))

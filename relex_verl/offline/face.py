@@ -41,7 +41,7 @@ class Diagnosis:
     steps: list[int]
     tensors: list[dict[str, Any]]
     summary: dict[str, dict[str, float]]
-    random_walk: dict[str, float | None]
+    random_walk: dict[str, float]
 
 
 def ingest(
