@@ -6,7 +6,8 @@ from pathlib import Path
 from relex_verl.maths.diagnostics import describe, random_walk, spectrum
 from relex_verl.maths.window import Window
 from relex_verl.offline.analysis import Alignment, spread
-from relex_verl.reporting import plots, report
+from relex_verl.reporting import figures as pictures
+from relex_verl.reporting import plots
 
 __all__ = ["alignment_figure", "backtest_figure", "diagnosis_figures"]
 
@@ -22,10 +23,10 @@ def diagnosis_figures(out: Path, window: Window, targets: Sequence[int], chosen:
         targets: steps to which the lines are drawn on.
         chosen: tensors whose coefficients and components are drawn; those that moved most for none.
     """
-    figures = report.window_figures(out, window, targets, ["relex"])
+    figures = pictures.window_figures(out, window, targets, ["relex"])
     positions = [list(window.names).index(name) for name in chosen]
     if chosen:
-        panels = [report.coefficient_panel(window, i, targets) for i in positions]
+        panels = [pictures.coefficient_panel(window, i, targets) for i in positions]
         figures["coefficients"] = plots.plot_coefficients(out / "coefficients", panels, "Rank-1 coefficients")[0]
     moved_L = window.gram_LTT[:, -1, -1]
     if not moved_L.any():
@@ -36,7 +37,7 @@ def diagnosis_figures(out: Path, window: Window, targets: Sequence[int], chosen:
             figures[figure] = _components(out / figure, window, i)
     by_module: dict[str, dict[int, float]] = {}
     for name, share in zip(window.names, describe(window)["explained_variance"].tolist(), strict=True):
-        layer, module = report.layer_and_module(name)
+        layer, module = pictures.layer_and_module(name)
         by_module.setdefault(module, {})[layer] = share
     null = describe(random_walk(window))["explained_variance"].item()
     stem = out / "explained_variance_by_layer"

@@ -148,7 +148,7 @@ def plot_spectrum(
     axes = figure.subplots()
     numbers = range(1, len(shares) + 1)
     if spread:
-        x, low, high = [one.x for one in spread], [one.low for one in spread], [one.high for one in spread]
+        x, low, high = [point.x for point in spread], [point.low for point in spread], [point.high for point in spread]
         axes.fill_between(x, low, high, color=DOTS, alpha=0.2, linewidth=0, label="10th-90th percentile")
     axes.plot(numbers, shares, "o-", color=DOTS, markersize=4, label="trajectory")
     axes.plot(range(1, len(null_shares) + 1), null_shares, "s--", color=NULL, markersize=3.5, label="random walk")
@@ -163,10 +163,7 @@ def plot_spectrum(
 
 @_styled
 def plot_r2_by_layer(
-    stem: Path,
-    values: Mapping[str, Mapping[int, float]],
-    title: str = "$R^2$ of the line",
-    null: float | None = None,
+    stem: Path, values: Mapping[str, Mapping[int, float]], title: str = "$R^2$ of the line", null: float | None = None
 ) -> list[Path]:
     """A figure of each tensor by layer and module, as a heat map.
 
@@ -240,11 +237,11 @@ def plot_horizon(
         if baseline.low is not None and baseline.high is not None:
             axes.axhspan(baseline.low, baseline.high, color=NULL, alpha=0.15, linewidth=0)
     for i, (method, scores) in enumerate(series.items()):
-        ordered = sorted(scores, key=lambda one: one.step)
-        values = [one.score for one in ordered]
-        below = [0.0 if one.low is None else max(0.0, one.score - one.low) for one in ordered]
-        above = [0.0 if one.high is None else max(0.0, one.high - one.score) for one in ordered]
-        steps, colour = [one.step for one in ordered], COLOURS[i % len(COLOURS)]
+        ordered = sorted(scores, key=lambda score: score.step)
+        steps, values = [score.step for score in ordered], [score.score for score in ordered]
+        below = [0.0 if score.low is None else max(0.0, score.score - score.low) for score in ordered]
+        above = [0.0 if score.high is None else max(0.0, score.high - score.score) for score in ordered]
+        colour = COLOURS[i % len(COLOURS)]
         axes.errorbar(
             steps, values, [below, above], fmt="o-", color=colour, markersize=4, linewidth=1, capsize=2, label=method
         )
@@ -265,22 +262,22 @@ def plot_alignment(
         ratio: method -> |predicted delta| / |true delta|, likewise.
     """
     figure = _figure(8, 3.2)
-    left, right = figure.subplots(1, 2)
-    for axes, series, name in ((left, cosine, "cosine to the true delta"), (right, ratio, "norm ratio")):
+    both = figure.subplots(1, 2)
+    for axes, series, name in zip(both, (cosine, ratio), ("cosine to the true delta", "norm ratio"), strict=True):
         _draw_spreads(axes, series)
         axes.axhline(1.0, color=NULL, linestyle="--", linewidth=1)
         axes.set_title(name)
-    left.legend(fontsize=8)
+    both[0].legend(fontsize=8)
     _label(figure, "training step", "", title)
     return _save(figure, stem)
 
 
 def _draw_spreads(axes: Any, series: Mapping[str, Sequence[Spread]]) -> None:
     for i, (name, points) in enumerate(series.items()):
-        x, colour = [one.x for one in points], COLOURS[i % len(COLOURS)]
-        low, high = [one.low for one in points], [one.high for one in points]
+        x, colour = [point.x for point in points], COLOURS[i % len(COLOURS)]
+        low, high = [point.low for point in points], [point.high for point in points]
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-        axes.plot(x, [one.middle for one in points], "o-", color=colour, markersize=4, label=name)
+        axes.plot(x, [point.middle for point in points], "o-", color=colour, markersize=4, label=name)
 
 
 def _figure(width: float, height: float) -> "Figure":
@@ -290,11 +287,13 @@ def _figure(width: float, height: float) -> "Figure":
 
 
 def _label(figure: "Figure", xlabel: str, ylabel: str, title: str) -> None:
-    figure.supxlabel(xlabel, fontsize=9)
-    if ylabel:
-        figure.supylabel(ylabel, fontsize=9)
-    if title:
-        figure.suptitle(title, fontsize=10)
+    for write, text, size in (
+        (figure.supxlabel, xlabel, 9),
+        (figure.supylabel, ylabel, 9),
+        (figure.suptitle, title, 10),
+    ):
+        if text:
+            write(text, fontsize=size)
 
 
 def _save(figure: "Figure", stem: Path) -> list[Path]:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from relex_verl.reporting import wandb
+from relex_verl.reporting.figures import horizon_figure
 from relex_verl.reporting.findings import CutReport, Findings, Predicted
+from relex_verl.reporting.page import write_html
 from relex_verl.reporting.provenance import Provenance, versions
-from relex_verl.reporting.report import horizon_figure, write_html
 from relex_verl.run.cut import Verdict
 from relex_verl.run.output import OutputFolder
 from relex_verl.run.schedule import Schedule

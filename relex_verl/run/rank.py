@@ -16,7 +16,7 @@ from relex_verl.pipeline.collectives import Collectives
 from relex_verl.pipeline.gathering import whole_tensors
 from relex_verl.pipeline.observer import Observer
 from relex_verl.pipeline.prediction import predicted_tensors, write_together
-from relex_verl.reporting import metrics, report
+from relex_verl.reporting import figures, metrics
 from relex_verl.reporting.findings import Findings
 from relex_verl.run import admission, machine
 from relex_verl.run.budget import Workload
@@ -99,7 +99,7 @@ class RelexRank:
     def _figures(self, window: Window, methods: list[str], targets: list[int]) -> dict[str, Path]:
         """Pictures of the window; a plotting library that fails costs nothing but them."""
         try:
-            return report.window_figures(self._setup.output_dir / "figures", window, targets, methods)
+            return figures.window_figures(self._setup.output_dir / "figures", window, targets, methods)
         except Exception:
             logger.warning("RELEX: the figures of the window could not be drawn", exc_info=True)
             return {}

@@ -1,10 +1,8 @@
-"""What a cut leaves behind for people: figures of the window and of the scores, and one HTML page that needs no network."""
+"""Pictures of a window and of the scores: figures computed from G, drawn by `plots`."""
 
-import base64
-import html
 import re
-from collections.abc import Mapping, Sequence
-from math import isfinite, nan
+from collections.abc import Sequence
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,9 @@ from relex_verl.maths.diagnostics import (
 from relex_verl.maths.extrapolators import line_hat
 from relex_verl.maths.window import Window
 from relex_verl.reporting import plots
-from relex_verl.reporting.findings import CutReport, EarlierCut, Scored
+from relex_verl.reporting.findings import Scored
 
-__all__ = ["coefficient_panel", "horizon_figure", "layer_and_module", "window_figures", "write_html"]
+__all__ = ["coefficient_panel", "horizon_figure", "layer_and_module", "window_figures"]
 
 PANELS = 6
 COMPONENTS = 10
@@ -114,32 +112,6 @@ def horizon_figure(folder: Path, rows: Sequence[Scored]) -> Path:
     return next(path for path in paths if path.suffix == ".png")
 
 
-def write_html(path: Path, report: CutReport, figures: Mapping[str, Path]) -> None:
-    """One page with the advice, the scores, the figures (inside it) and the tensors."""
-    advice, fits = report.advice, report.fits
-    shown = ("name", "score", "standard_error", "search_score", "seconds")
-    scores = [{key: _short(getattr(row, key)) for key in shown} for row in report.validation_scores]
-    tensors = [{key: _short(value) for key, value in row.items()} for row in fits.tensors]
-    parts = [
-        f"<h1>RELEX: {html.escape(advice.action.replace('_', ' '))}</h1><p>{html.escape(advice.reason)}</p>",
-        f"<p>Cut at step {report.t_cut}, {len(report.observed_steps)} observed steps.</p>",
-        "<h2>Scores</h2>" + _table(scores) if scores else "",
-        _screened(report.screened_out),
-        *(_earlier(cut) for cut in reversed(report.earlier_cuts)),
-        *(f"<h2>{html.escape(name.replace('_', ' '))}</h2>{_image(figure)}" for name, figure in figures.items()),
-        "<h2>Random walk</h2><p>What a pure random walk would show: "
-        + ", ".join(f"{k.replace('_', ' ')} {_short(v)}" for k, v in fits.random_walk_null.items())
-        + "</p>",
-        "<h2>Tensors</h2>" + _table(tensors),
-    ]
-    style = "body{font:15px sans-serif;max-width:60em;margin:2em auto}td,th{padding:.2em .7em}img{max-width:100%}"
-    body = "\n".join(part for part in parts if part)
-    page = f"<!doctype html><meta charset=utf-8><title>RELEX report</title><style>{style}</style>\n{body}\n"
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page)
-    temporary.replace(path)
-
-
 def _panels(window: Window, targets: Sequence[int]) -> list[plots.CoefficientPanel]:
     """The tensors that moved most, one a module; the first tensor where none moved."""
     chosen: dict[str, int] = {}
@@ -173,31 +145,3 @@ def _backtests(window: Window, method: str) -> list[plots.Spread]:
             low, middle, high = errors_L.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
             spreads.append(plots.Spread(reach[-1] / reach[prefix - 1], middle, low, high))
     return spreads
-
-
-def _earlier(cut: EarlierCut) -> str:
-    shown = ("name", "score", "standard_error")
-    rows = [{key: _short(getattr(row, key)) for key in shown} for row in cut.validation_scores]
-    said = f"<h2>Earlier cut, at step {cut.t_cut}</h2><p>{html.escape(cut.advice.reason)}</p>"
-    return said + (_table(rows) if rows else "")
-
-
-def _screened(reasons: Mapping[str, str]) -> str:
-    rows = [{"method": method, "left out because": reason} for method, reason in reasons.items()]
-    return "<h2>Screened out</h2>" + _table(rows) if rows else ""
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    head = "".join(f"<th>{html.escape(str(key).replace('_', ' '))}</th>" for key in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row.values()) + "</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def _image(path: Path) -> str:
-    return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
-
-
-def _short(value: object) -> object:
-    if isinstance(value, float):
-        return f"{value:.4g}" if isfinite(value) else "-"
-    return "-" if value is None else value
