@@ -14,29 +14,24 @@ def qwen2(
     folder: Path, vocabulary: int, hidden: int, intermediate: int, tied: bool, dtype: torch.dtype, shard_size: str
 ) -> Path:
     """A checkpoint of a random Qwen2 with two layers and two heads, as transformers writes one, but without its seconds."""
-    norm, kv = torch.ones(hidden), hidden // 2
-    tensors = {"model.embed_tokens.weight": torch.randn(vocabulary, hidden) * 0.02, "model.norm.weight": norm}
-    if not tied:
-        tensors["lm_head.weight"] = torch.randn(vocabulary, hidden) * 0.02
-    for i in range(2):
-        layer = f"model.layers.{i}"
-        shapes = {
-            "mlp.down_proj": (hidden, intermediate),
-            "mlp.gate_proj": (intermediate, hidden),
-            "mlp.up_proj": (intermediate, hidden),
-            "self_attn.k_proj": (kv, hidden),
-            "self_attn.o_proj": (hidden, hidden),
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.v_proj": (kv, hidden),
-        }
-        tensors |= {f"{layer}.{name}.weight": torch.randn(shape) * 0.02 for name, shape in shapes.items()}
-        tensors |= {
-            f"{layer}.self_attn.{name}_proj.bias": torch.zeros(n)
-            for name, n in zip("kqv", (kv, hidden, kv), strict=True)
-        }
-        tensors |= {f"{layer}.{name}.weight": norm for name in ("input_layernorm", "post_attention_layernorm")}
+    kv = hidden // 2
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
+    for layer in ("model.layers.0", "model.layers.1"):
+        for name, rows in (("q", hidden), ("k", kv), ("v", kv)):
+            shapes[f"{layer}.self_attn.{name}_proj.weight"] = (rows, hidden)
+            shapes[f"{layer}.self_attn.{name}_proj.bias"] = (rows,)
+        shapes[f"{layer}.self_attn.o_proj.weight"] = (hidden, hidden)
+        shapes[f"{layer}.mlp.gate_proj.weight"] = (intermediate, hidden)
+        shapes[f"{layer}.mlp.up_proj.weight"] = (intermediate, hidden)
+        shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, intermediate)
+        shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
+    shapes |= {"model.norm.weight": (hidden,)} | ({} if tied else {"lm_head.weight": (vocabulary, hidden)})
+    state = {
+        name: (torch.randn(shape) * 0.02 if len(shape) > 1 else torch.full(shape, float("norm" in name))).to(dtype)
+        for name, shape in shapes.items()
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.to(dtype, copy=True) for name, tensor in sorted(tensors.items())}
     save_torch_state_dict(state, folder, max_shard_size=shard_size, metadata={"format": "pt"})
     config = {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "dtype": str(dtype).removeprefix("torch."),

@@ -49,7 +49,10 @@ def _cell(value: Any) -> str:
 def _bar(title: str, total: int) -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     screen = Console(stderr=True)
-    with Progress(*columns, console=screen, transient=True, disable=not screen.is_terminal) as progress:
+    if not screen.is_terminal:  # rich before 14.3 prints an empty line for a disabled bar
+        yield lambda amount=1, title=None: None
+        return
+    with Progress(*columns, console=screen, transient=True) as progress:
         task = progress.add_task(title, total=total)
         yield lambda amount=1, title=None: progress.update(task, advance=amount, description=title)
 
