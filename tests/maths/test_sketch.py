@@ -102,7 +102,7 @@ def test_four_moments_predict_a_noisy_drift(rows: int) -> None:
         moments += legendre([step], 1, length, 4).T.float() * delta.float()
     gram = lifted_gram((moments.double() @ moments.double().T).unsqueeze(0), steps)
     for target in (2 * rows, 10 * rows):
-        predicted = (fit_weights(window_of(gram, steps), Prediction("relex", target)) @ lift(steps, 4))[0] @ moments.double()
-        exact = window_of((deltas @ deltas.T).unsqueeze(0), steps)
-        expected = fit_weights(exact, Prediction("relex", target))[0] @ deltas
+        ahead, exact = Prediction("relex", target), window_of((deltas @ deltas.T).unsqueeze(0), steps)
+        predicted = (fit_weights(window_of(gram, steps), ahead) @ lift(steps, 4))[0] @ moments.double()
+        expected = fit_weights(exact, ahead)[0] @ deltas
         assert (predicted - expected).norm() <= 0.01 * expected.norm()
