@@ -9,10 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from typing import Any, ParamSpec
 
 __all__ = [
     "CoefficientPanel",
@@ -280,13 +277,13 @@ def _draw_spreads(axes: Any, series: Mapping[str, Sequence[Spread]]) -> None:
         axes.plot(x, [point.middle for point in points], "o-", color=colour, markersize=4, label=name)
 
 
-def _figure(width: float, height: float) -> "Figure":
+def _figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _label(figure: "Figure", xlabel: str, ylabel: str, title: str) -> None:
+def _label(figure: Any, xlabel: str, ylabel: str, title: str) -> None:
     for write, text, size in (
         (figure.supxlabel, xlabel, 9),
         (figure.supylabel, ylabel, 9),
@@ -296,7 +293,7 @@ def _label(figure: "Figure", xlabel: str, ylabel: str, title: str) -> None:
             write(text, fontsize=size)
 
 
-def _save(figure: "Figure", stem: Path) -> list[Path]:
+def _save(figure: Any, stem: Path) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(stem.name + suffix) for suffix in SUFFIXES]
     for path in paths:

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.polynomial import legendre as numpy_legendre
-from oracle import trajectories
+from oracle import trajectories, window_of
 
-from relex_verl.maths.extrapolators import METHODS, fit_weights
+from relex_verl.maths.extrapolators import METHODS, Prediction, fit_weights
 from relex_verl.maths.sketch import SIZES, interval, legendre, lift, lifted_gram, rebase
 
 
@@ -66,18 +66,19 @@ def test_rows_come_back_as_their_least_squares_polynomials(dense, size: int) -> 
 def test_with_as_many_moments_as_rows_nothing_is_lost(dense, method: str) -> None:
     """The Gram matrix, and the predictions of every method that fits polynomials."""
     steps, size = dense.steps[:4], 4
+    ahead = Prediction(method, steps[-1] + 5)
     for increments in dense.increments:
         deltas = torch.from_numpy(increments).cumsum(0)[:4]
         moments = sketched(steps, deltas, size)
         gram = lifted_gram((moments @ moments.T).unsqueeze(0), steps)
         exact = (deltas @ deltas.T).unsqueeze(0)
         torch.testing.assert_close(gram, exact, rtol=1e-9, atol=1e-9 * float(exact.abs().max()))
-        weights_LT = fit_weights(gram, steps, steps[-1] + 5, method)
+        weights_LT = fit_weights(window_of(gram, steps), ahead)
         values = torch.linalg.eigvalsh(exact[0])
         if values[-1] <= 0 or (len(values) > 1 and values[-2] > 0.5 * values[-1]):
             continue  # two directions are as good as one another: either is right
         predicted = (weights_LT @ lift(steps, size))[0] @ moments
-        expected = fit_weights(exact, steps, steps[-1] + 5, method)[0] @ deltas
+        expected = fit_weights(window_of(exact, steps), ahead)[0] @ deltas
         # Of what it is a sum of: a prediction may cancel out.
         torch.testing.assert_close(predicted, expected, rtol=1e-6, atol=1e-6 * float(deltas.abs().max()))
 
@@ -101,6 +102,7 @@ def test_four_moments_predict_a_noisy_drift(rows: int) -> None:
         moments += legendre([step], 1, length, 4).T.float() * delta.float()
     gram = lifted_gram((moments.double() @ moments.double().T).unsqueeze(0), steps)
     for target in (2 * rows, 10 * rows):
-        predicted = (fit_weights(gram, steps, target, "relex") @ lift(steps, 4))[0] @ moments.double()
-        expected = fit_weights((deltas @ deltas.T).unsqueeze(0), steps, target, "relex")[0] @ deltas
+        ahead, exact = Prediction("relex", target), window_of((deltas @ deltas.T).unsqueeze(0), steps)
+        predicted = (fit_weights(window_of(gram, steps), ahead) @ lift(steps, 4))[0] @ moments.double()
+        expected = fit_weights(exact, ahead)[0] @ deltas
         assert (predicted - expected).norm() <= 0.01 * expected.norm()

@@ -1,4 +1,4 @@
-"""The pictures and the page of a cut: right numbers in them, and a page that needs no network."""
+"""The pictures of a window and of the scores: right numbers in them."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from relex_verl.reporting import figures, plots
 
 STEPS = [2, 4, 6, 8, 10, 12]
 NAMES = ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"]
-EVIL = "<script src='http://example.com/x.js'></script>"
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +23,6 @@ def window() -> Window:
     increments = torch.randn(3, 1, 60, generator=generator, dtype=torch.float64)
     increments = increments + 0.3 * torch.randn(3, len(STEPS), 60, generator=generator, dtype=torch.float64)
     return Window(NAMES, STEPS, delta_gram(increments @ increments.transpose(1, 2)))
-
-
-ROWS = [
-    scored("observed-step_12", 12, 0.6, None),
-    scored("relex-step_24", 24, 0.7),
-    scored(EVIL, 24, 0.1, "poly"),
-]
 
 
 @pytest.mark.parametrize(
