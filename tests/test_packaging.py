@@ -19,7 +19,7 @@ import relex_verl
 PACKAGE = Path(relex_verl.__file__).parent
 ROOT = PACKAGE.parent
 NO_REGISTRY = ("No matching distribution", "Could not find a version", "No module named pip")
-SHIPPED = (".py", ".md", ".typed")  # ends of the names of all files below relex_verl/ that are shipped
+SHIPPED = (".css", ".js", ".md", ".py", ".typed")  # ends of the names of all files below relex_verl/ that are shipped
 ALONE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # without this checkout
 
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="not a checkout of the repository")

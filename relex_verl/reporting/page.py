@@ -229,7 +229,7 @@ def _earlier(report: CutReport) -> str:
 def _tensors(tensors: Sequence[Mapping[str, Any]]) -> str:
     if not tensors:
         return ""
-    rows = [{**row, "shape": " x ".join(map(str, row["shape"]))} for row in tensors]
+    rows = [{**row, "shape": " x ".join(map(str, row.get("shape", [])))} for row in tensors]
     table = _table(rows, kind="sortable")
     return (
         f"<h2>Tensors</h2><details open><summary>{len(rows)} tensors; a heading sorts them</summary>{table}</details>"

@@ -26,8 +26,7 @@ __all__ = [
 
 Arguments = ParamSpec("Arguments")
 SUFFIXES = (".png", ".svg")
-# Okabe and Ito's palette: told apart by colour-blind readers, and in print.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")  # Okabe, Ito
 DOTS, LINE, NULL = COLOURS[0], COLOURS[1], COLOURS[7]
 STYLE: dict[str, Any] = {
     "axes.spines.top": False,
