@@ -90,7 +90,7 @@ def plan(
         facts = _ranks(round(params), ranks, per_node, memory_gib, optimizer_offload)
     shown = replace(workload, change_rate=change_rate)
     bandwidths = bandwidth_memory * GB / per_node, bandwidth_disk * GB * ceil(ranks / per_node)
-    found = {
+    facts_shown = {
         **_costs(shown, facts),
         **_typical(shown, facts),
         **_times(shown, facts, *bandwidths),
@@ -98,10 +98,10 @@ def plan(
         **_decision(workload, facts, disk_gib),
     }
     if as_json:
-        print_json(found)
+        print_json(facts_shown)
         return
-    found["admitted"] = _answer(found.pop("admitted"), found.pop("refusal"), memory_gib, disk_gib)
-    for key, value in found.items():
+    facts_shown["admitted"] = _answer(facts_shown.pop("admitted"), facts_shown.pop("refusal"), memory_gib, disk_gib)
+    for key, value in facts_shown.items():
         console.print(f"[bold]{_title(key)}[/]: {_shown(key, value)}", highlight=False)
 
 

@@ -148,8 +148,8 @@ def _licence(base: str, api: Any) -> str | None:
 
     try:
         local = Path(base) / "README.md"
-        found = ModelCard.load(local).data if local.exists() else api.model_info(base).card_data
-        return found.license if found is not None else None
+        card = ModelCard.load(local).data if local.exists() else api.model_info(base).card_data
+        return card.license if card is not None else None
     except Exception:  # no card, no such model, no network: the card then points to the base
         return None
 

@@ -96,9 +96,9 @@ class Observer:
         with self.ranks.together():
             self._base = BaseCheckpoint(resolve_model(self.base_model))
         with self.ranks.together():
-            found = [(shard.name, shard.shape, shard.placement) for shard in source]
-            resuming.check_names(found, self.base)
-        counted = share_out(self.ranks.gather(found))
+            held_here = [(shard.name, shard.shape, shard.placement) for shard in source]
+            resuming.check_names(held_here, self.base)
+        counted = share_out(self.ranks.gather(held_here))
         mine = counted[self.ranks.rank]
         with self.ranks.together():
             self.shapes = check_cover(counted)
@@ -122,11 +122,11 @@ class Observer:
         """
         tensors = {name: list(shape) for name, shape in self.shapes.items()}
         index = TrajectoryIndex(self.base_model, self.kind.name, self.ranks.world_size, tensors, self.aliases, self.run)
-        found = resuming.find(self.ranks, self.folder, index, step)
-        if found is None:
+        existing = resuming.find(self.ranks, self.folder, index, step)
+        if existing is None:
             self._trajectory = resuming.create(self.ranks, self.folder, index, self.held, self._states, self.base)
         else:
-            self._resume(*found)
+            self._resume(*existing)
 
     def _resume(self, existing: Trajectory, steps: Sequence[int]) -> None:
         rank = self.ranks.rank

@@ -93,23 +93,23 @@ def create(
     return trajectory
 
 
-def check_names(found: Sequence[tuple[str, tuple[int, ...], Placement]], base: BaseCheckpoint) -> None:
+def check_names(shards: Sequence[tuple[str, tuple[int, ...], Placement]], base: BaseCheckpoint) -> None:
     """Whether the engine's tensors are the base model's.
 
     Args:
-        found: name, shape and placement of each shard.
+        shards: name, shape and placement of each.
         base: the base model.
 
     Raises:
         ValueError: a tensor that the base does not have, or has in another shape.
     """
-    unknown = sorted({name for name, _, _ in found} - set(base.entries))
+    unknown = sorted({name for name, _, _ in shards} - set(base.entries))
     if unknown:
         raise ValueError(
             f"{len(unknown)} tensors of the engine are not in the base checkpoint {base.folder}, e.g. "
             f"{unknown[:3]}: RELEX writes checkpoints laid out like the base and would not know where they belong"
         )
-    for name, shape, _ in found:
+    for name, shape, _ in shards:
         if shape != base.entries[name].shape:
             raise ValueError(
                 f"{name} has shape {shape} in the engine, {base.entries[name].shape} in the base checkpoint"
@@ -127,8 +127,8 @@ def appears(path: Path, patience: float = PATIENCE_SECONDS) -> bool:
 
 
 def _check_same_run(there: TrajectoryIndex, here: TrajectoryIndex, folder: Path) -> None:
-    expected, found = _identity(here), _identity(there)
-    differing = {key: (found.get(key), value) for key, value in expected.items() if found.get(key) != value}
+    expected, there_says = _identity(here), _identity(there)
+    differing = {key: (there_says.get(key), value) for key, value in expected.items() if there_says.get(key) != value}
     if differing:
         said = "; ".join(f"{key} {old!r} there, {new!r} here" for key, (old, new) in differing.items())
         raise TrajectoryError(

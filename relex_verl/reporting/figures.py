@@ -30,9 +30,9 @@ COMPONENTS = 10
 
 def layer_and_module(name: str) -> tuple[int, str]:
     """Layer number (-1 outside the layers) and module of a tensor: model.layers.3.mlp.up_proj.weight -> 3, mlp.up_proj."""
-    found = re.search(r"\.(\d+)\.", name)
+    layer = re.search(r"\.(\d+)\.", name)
     module = name.removesuffix(".weight")
-    return (int(found.group(1)), module[found.end() :]) if found else (-1, module.removeprefix("model."))
+    return (int(layer.group(1)), module[layer.end() :]) if layer else (-1, module.removeprefix("model."))
 
 
 def window_figures(folder: Path, window: Window, targets: Sequence[int], methods: Sequence[str]) -> dict[str, Path]:

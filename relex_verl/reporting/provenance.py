@@ -97,7 +97,7 @@ class Provenance(Record):
 
     def differing(self, other: "Provenance") -> list[tuple[str, Any, Any]]:
         """Key, ours and theirs of what makes other weights; versions are said not to."""
-        ours, theirs = ({**one.to_json(), "fit_from": one._first()} for one in (self, other))
+        ours, theirs = ({**record.to_json(), "fit_from": record._first()} for record in (self, other))
         passed = ("versions", "schema_version")
         keys = [key for key in {**ours, **theirs} if key not in passed]
         return [(key, ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)]

@@ -110,7 +110,7 @@ class RelexConfig:
         Raises:
             ConfigError: an unknown key, or a value that cannot work.
         """
-        known = [one.name for one in fields(cls)]
+        known = [key.name for key in fields(cls)]
         for key, value in node.items():
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)

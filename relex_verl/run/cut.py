@@ -42,11 +42,11 @@ class Verdict:
     def validations(self, t_cut: int) -> dict[str, Validation]:
         """Name -> validation, the last observed weights first."""
         held = {} if self.hold is None else {f"observed-step_{t_cut}": self.hold}
-        return held | {one.folder_name: validation for one, validation in self.scored}
+        return held | {prediction.folder_name: validation for prediction, validation in self.scored}
 
     def rows(self, t_cut: int) -> list[Scored]:
         """For the report and the tables."""
-        predicted = {one.folder_name: one for one, _ in self.scored}
+        predicted = {prediction.folder_name: prediction for prediction, _ in self.scored}
         return [
             Scored(
                 name=name,
@@ -68,7 +68,10 @@ class Verdict:
         if self.hold is None:
             return {}
         flat = {"relex/val/candidates": float(len(self.scored))}
-        for name, validation in [("observed", self.hold), *((one.folder_name, found) for one, found in self.scored)]:
+        for name, validation in [
+            ("observed", self.hold),
+            *((prediction.folder_name, validation) for prediction, validation in self.scored),
+        ]:
             flat |= {f"relex/val/{name}/{metric}": value for metric, value in validation.metrics.items()}
             flat[f"relex/val/{name}/seconds"] = validation.seconds
             flat["relex/val/seconds"] = flat.get("relex/val/seconds", 0.0) + validation.seconds
@@ -122,16 +125,16 @@ class _Scoring:
             # By the metric of the observed weights, whichever the configuration left open.
             validation = self._validate(prediction.folder_name, prediction, hold.metric, count)
             verdict.scored.append((prediction, validation))
-            verdict.search_scores[prediction.folder_name] = found = validation.mean(searched)
-            return found
+            verdict.search_scores[prediction.folder_name] = search_score = validation.mean(searched)
+            return search_score
 
         noise = hold.standard_error(searched)
         candidates = search(score, methods, plan.targets, plan.t_cut, held, config.max_candidates, noise)
         if not candidates:
             return unscored("no method is left to score")
-        best = max(candidates, key=lambda one: one.score)
+        best = max(candidates, key=lambda candidate: candidate.score)
         prediction = self._prediction(best.method, best.target)
-        validation = next(validation for one, validation in verdict.scored if one == prediction)
+        validation = next(validation for scored, validation in verdict.scored if scored == prediction)
         return advise(prediction, validation, hold, plan.t_cut, config.confidence, share)
 
     def _prediction(self, method: str, target: int) -> Prediction:

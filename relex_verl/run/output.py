@@ -67,10 +67,10 @@ class OutputFolder:
             ConfigError: the folder holds the observed steps of another run.
             TrajectoryError: its index cannot be read.
         """
-        found = self._found()
-        observed = any(window.get("steps") for window in found.get("windows", []))
+        index = self._found()
+        observed = any(window.get("steps") for window in index.get("windows", []))
         if observed:
-            known = {"base model": found.get("base_model"), **found.get("run", {})}
+            known = {"base model": index.get("base_model"), **index.get("run", {})}
             differing = [
                 f"{key} {known.get(key)!r} there, {run[key]!r} here" for key in run if known.get(key) != run[key]
             ]
@@ -84,8 +84,8 @@ class OutputFolder:
             return
         aside = self.path / time.strftime("superseded-%Y%m%d-%H%M%S")
         aside.mkdir()
-        for one in left:
-            one.rename(aside / one.name)
+        for path in left:
+            path.rename(aside / path.name)
         logger.warning(
             "RELEX: this run starts at step 0, as verl has no checkpoint of it, but %s holds an earlier attempt: it is set "
             "aside in %s", self.path, aside,
@@ -95,8 +95,8 @@ class OutputFolder:
         if not self.index.exists():
             return {}
         try:
-            found: dict[str, Any] = json.loads(self.index.read_text())
-            return found
+            index: dict[str, Any] = json.loads(self.index.read_text())
+            return index
         except ValueError:
             cure = f"give this run its own relex.output_dir, or remove {self.index.parent}"
             raise TrajectoryError(f"{self.index} cannot be read: {cure}") from None

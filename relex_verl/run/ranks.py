@@ -50,7 +50,7 @@ class Ranks:
         answers: list[Answer] = getattr(self._workers, method)(*args)
         failed = [(answer.peer, rank, answer) for rank, answer in enumerate(answers) if answer.error is not None]
         if failed:
-            _, rank, answer = min(failed, key=lambda one: one[:2])
+            _, rank, answer = min(failed, key=lambda failure: failure[:2])
             raise RelexError(f"rank {rank}, {method}: {answer.error}", answer.kind)
         return answers[0].value
 

@@ -93,10 +93,10 @@ def core_metric(metrics: Mapping[str, float], source: str) -> str:
     """
     # A source may have slashes in its name, and one may begin like another.
     pattern = re.compile(rf"val-core/{re.escape(source)}/(acc|reward)/mean@\d+")
-    found = [name for name in metrics if pattern.fullmatch(name)]
-    if not found:
+    core = [name for name in metrics if pattern.fullmatch(name)]
+    if not core:
         raise ValueError(f"verl has no core metric of data source {source!r} among {sorted(metrics)}")
-    return found[0]
+    return core[0]
 
 
 @contextmanager

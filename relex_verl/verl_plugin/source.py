@@ -105,22 +105,22 @@ class EngineSource:
 
         place = spec.place if spec.place is not None else derive_dtensor_placement(spec)[0]
         positions = torch.arange(local.numel(), device=local.device)
-        found, weight = torch.zeros(0, dtype=torch.int64), 1
+        source_position, weight = torch.zeros(0, dtype=torch.int64), 1
         slots: list[tuple[str, tuple[int, ...]]] = []
         counts, full_index = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
         while weight <= max(local.numel() - 1, 1):
             digit = (positions // weight % DIGIT_BASE + 1).to(torch.bfloat16)
             slots, _, counts, full_index, value = self.engine._hf_delta_entry(name, spec, place, positions, digit)
             step = (value.cpu().long() - 1) * weight
-            found = step if weight == 1 else found + step
+            source_position = step if weight == 1 else source_position + step
             weight *= DIGIT_BASE
-        if found.unique().numel() != found.numel() or (
-            found.numel() and not 0 <= found.min() <= found.max() < local.numel()
+        if source_position.unique().numel() != source_position.numel() or (
+            source_position.numel() and not 0 <= source_position.min() <= source_position.max() < local.numel()
         ):
             raise ValueError(f"{name}: {type(self.engine).__name__} does not hand this weight out as it is stored")
         parts = []
         for (slot, shape), index, position in zip(
-            slots, full_index.cpu().long().split(counts.tolist()), found.split(counts.tolist()), strict=True
+            slots, full_index.cpu().long().split(counts.tolist()), source_position.split(counts.tolist()), strict=True
         ):
             if index.numel():
                 # As runs: an index for each element would take more memory than the weights.

@@ -68,7 +68,7 @@ def align_observed(
     """
     trajectory.row_codec()
     observed_until(trajectory, cut)
-    everything, found = replay.window(trajectory), []
+    everything, alignments = replay.window(trajectory), []
     gram_LTT, window = everything.gram_LTT, everything.until(cut)
     rows = window.rows
     for target in targets:
@@ -77,8 +77,8 @@ def align_observed(
             weights_LT = fit_weights(window, Prediction(method, target, rank, fit_from))
             inner_L = torch.einsum("lt,lt->l", weights_LT, gram_LTT[:, :rows, true])
             hat_L = torch.einsum("li,lij,lj->l", weights_LT, gram_LTT[:, :rows, :rows], weights_LT).clamp_min(0.0)
-            found.append(_alignment(method, target, torch.stack([inner_L, hat_L, gram_LTT[:, true, true]], dim=1)))
-    return found
+            alignments.append(_alignment(method, target, torch.stack([inner_L, hat_L, gram_LTT[:, true, true]], dim=1)))
+    return alignments
 
 
 def align_checkpoints(
@@ -107,7 +107,7 @@ def align_checkpoints(
         progress: called with the elements done.
     """
     observed_until(trajectory, cut)
-    window, found = replay.window(trajectory, cut), []
+    window, alignments = replay.window(trajectory, cut), []
     for checkpoint in checkpoints:
         fits = {}
         for method in methods:
@@ -116,11 +116,11 @@ def align_checkpoints(
             fits[method] = trajectory.kind.coefficients(fit_weights(window, prediction), window.steps).tolist()
         with checkpoint.opened(allow_pickle) as folder:
             sums = _inner_products(trajectory, cut, fits, Checkpoint(folder, checkpoint.called), progress)
-        found += [
+        alignments += [
             _alignment(method, checkpoint.step, torch.tensor(rows, dtype=torch.float64))
             for method, rows in sums.items()
         ]
-    return found
+    return alignments
 
 
 def _inner_products(

@@ -73,7 +73,9 @@ class RowCollector:
         self.packed.append(taken)
         self.steps.append(step)
         states = enumerate(held.state for held in self.held.values())
-        for _ in in_order(lambda one: self.codec.advance(one[1], taken.increment(one[0])), states, self.threads):
+        for _ in in_order(
+            lambda numbered: self.codec.advance(numbered[1], taken.increment(numbered[0])), states, self.threads
+        ):
             pass
 
     def leave_to_disk(self, trajectory: Trajectory, rank: int) -> None:
