@@ -19,6 +19,7 @@ trajectory's own folder). A `Trajectory` reads and writes one of them, the last 
 import json
 import os
 from collections.abc import Mapping, Sequence
+from copy import copy
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -93,8 +94,8 @@ class Trajectory:
 
     def of_window(self, number: int) -> "Trajectory":
         """Another window of the same trajectory, from 0; they share the index."""
-        other = Trajectory(self.folder, -1)
-        other.index, other._number = self.index, range(len(self.index.windows))[number]
+        other = copy(self)
+        other._number = range(len(self.index.windows))[number]
         return other
 
     # What a rank writes
@@ -272,7 +273,7 @@ class Trajectory:
 
 
 class Origin:
-    """A rank's part of theta_0, read from disk tensor by tensor: origin[name] is (n,) in the encoding's dtype."""
+    """A rank's part of theta_0, read from disk tensor by tensor: origin[name] is (n,) in the kind's dtype."""
 
     def __init__(
         self, base: BaseCheckpoint, placements: Mapping[str, Placement], stored: Path | None, dtype: torch.dtype
