@@ -1,12 +1,12 @@
 """What is found at a cut: by rank 0 in the window, and all of it with scores and advice, as report.json says it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from relex_verl.maths.advice import Advice
 from relex_verl.reporting.provenance import Provenance
-from relex_verl.reporting.records import Record
+from relex_verl.reporting.records import IF_KNOWN, Record
 
 __all__ = ["CutReport", "EarlierCut", "Findings", "Fits", "Predicted", "Scored"]
 
@@ -116,6 +116,7 @@ class CutReport(Record):
         metrics: of the step.
         earlier_cuts: of this run, in their order.
         steps_saved: that need not be trained if the run ends here with the winner; 0 without one.
+        next_cut: step of the cut that follows, if training goes on; None where none does.
     """
 
     t_cut: int
@@ -131,6 +132,7 @@ class CutReport(Record):
     metrics: dict[str, float]
     earlier_cuts: list[EarlierCut]
     steps_saved: int
+    next_cut: int | None = field(default=None, metadata=IF_KNOWN)
     schema_version: int = 1
 
     @classmethod

@@ -1,270 +1,269 @@
-"""`report.html`: a cut as people read it. One file that needs no network: the answer, what to do next, pictures, tensors.
+"""What a cut leaves behind for people: one HTML page that needs no network, opening with the answer.
 
 Whatever comes from a report (names of tensors, reasons, paths) is escaped, and the page forbids itself to load anything.
 """
 
 import base64
-import html
 from collections.abc import Mapping, Sequence
+from html import escape
 from importlib.resources import files
-from math import isfinite
+from math import prod
 from pathlib import Path
-from shlex import quote
-from typing import Any, NamedTuple
 
-from relex_verl.reporting.findings import CutReport, Fits, Scored
-from relex_verl.reporting.records import strict
+from relex_verl.reporting.findings import CutReport, EarlierCut, Scored
+from relex_verl.reporting.next_steps import next_steps
+from relex_verl.reporting.tables import Cell, cell, table
 
 __all__ = ["write_html"]
 
-ANSWERS = {"stop": "Stop", "keep_training": "Keep training", "unscored": "Unscored"}
+WORDS = {"stop": ("■", "Stop"), "keep_training": ("▶", "Keep training"), "unscored": ("?", "Unscored")}
+MEANING = {
+    "stop": "A predicted checkpoint has beaten the last observed weights, on prompts that the search had not seen.",
+    "keep_training": "No prediction has beaten the weights that you already have.",
+    "unscored": "Nothing was compared, so nothing is recommended, however straight the lines below are.",
+}
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-# Picture -> title, and how to read it; in the order of the page.
+# Name of a picture -> its title, how to read it, and what stands in it for those who do not see it.
 PICTURES = {
+    "scores": (
+        "How the predictions scored",
+        "Each point is a predicted checkpoint with its 95% interval, the grey band is the last observed one. "
+        "The decision is a paired test on the same prompts, which sees more than whether intervals overlap.",
+        "Scores with intervals against the predicted step, beside the score of the last observed weights.",
+    ),
     "coefficients": (
         "How far along its direction each tensor has moved",
-        "Dots are observed steps, the line is what is extrapolated. Dots that bend away from the line speak against it.",
+        "Dots are what was observed, the line is what a prediction follows. Where the dots bend away from it, it will "
+        "miss.",
+        "Rank-1 coefficient against the training step, with its line, for the tensors that moved most.",
     ),
     "r2_by_layer": (
         "How straight each tensor moves (R² of its line, by layer)",
-        "1 is a straight line. A random walk shows nearly 1, too: compare with its figure in the title.",
+        "1 is a perfect line. Only what is clearly above the random walk in the title says anything.",
+        "Heat map of R² by layer and module.",
     ),
     "spectrum": (
         "How much of the movement is one direction, beside a random walk",
-        "The further the first component lies above that of the random walk, the more of the movement one direction holds.",
+        "The first point is the share of the first direction. A random walk has a large one as well: what counts is the "
+        "distance between the two.",
+        "Share of the variance of each component, of the run and of a random walk.",
     ),
     "backtest": (
-        "Would it have predicted what came?",
-        "Each prefix of the window predicts its last step. Below 1 the prediction lies nearer to the truth than simply "
-        "keeping the prefix's last checkpoint.",
+        "Would it have predicted what came? (backtest)",
+        "Below the dashed line the prediction was nearer to what came than the checkpoint it was made from. Further to the "
+        "right is a longer horizon.",
+        "Error of predicting the last observed step from earlier ones, relative to holding, against the horizon.",
     ),
 }
-
-
-class Step(NamedTuple):
-    """Something to do next: what for, and the command that does it."""
-
-    title: str
-    command: str
+MEASURES = {
+    "explained_variance": ("Share in one direction", "of the movement; 1 is all of it"),
+    "line_r2": ("R² of the line", "1 is perfectly straight and even"),
+    "spectral_gap": ("Spectral gap", "how far the first direction is ahead of the second"),
+    "drift": ("Turn of the direction", "between the first half of the steps and all; 0 is none"),
+}
+TENSOR_COLUMNS = {"tensor": "Tensor", "shape": "Shape", "delta_norm": "Distance moved"}
 
 
 def write_html(path: Path, report: CutReport, figures: Mapping[str, Path]) -> None:
-    """Write the page.
+    """One page: the answer, what to do next, scores, figures (inside it) and tensors.
 
     Args:
-        path: of the file.
-        report: of the cut.
-        figures: name -> PNG file; "scores" is the curve of scores.
+        path: of the page. It is there whole, or as it was before.
+        report: of the cut. Whatever its texts say, the page shows them as text.
+        figures: name -> PNG file; "scores" stands beside the answer.
     """
+    below = {name: figure for name, figure in figures.items() if name != "scores"}
     parts = [
         _answer(report),
-        _curve(figures),
-        _costs(report),
+        _picture("scores", figures["scores"]) if "scores" in figures else "",
         _next_steps(report),
         _scores(report),
-        _pictures(figures),
-        _null(report.fits),
-        _earlier(report),
-        _tensors(report.fits.tensors),
-        _made_by(report),
+        _screened(report.screened_out),
+        *(["<h2>How it moved</h2>"] if below or report.fits.summary else []),
+        _measures(report),
+        *(_picture(name, figure) for name, figure in below.items()),
+        _earlier(report.earlier_cuts),
+        _tensors(report),
+        f"<footer>{escape(', '.join(f'{name} {version}' for name, version in report.versions.items()))}</footer>",
     ]
+    word = escape(WORDS.get(report.advice.action, ("", report.advice.action))[1])
+    page = (
+        '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{word} · RELEX at step {report.t_cut}</title>\n<style>\n{_asset('page.css')}</style>\n"
+        "<main>\n" + "\n".join(part for part in parts if part) + "\n</main>\n"
+        f"<script>\n{_asset('page.js')}</script>\n</html>\n"
+    )
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(_page(f"RELEX: {_said(report)} at step {report.t_cut}", "\n".join(filter(None, parts))))
+    temporary.write_text(page, encoding="utf-8")
     temporary.replace(path)
 
 
-def _page(title: str, body: str) -> str:
-    style, script = ((files("relex_verl.reporting") / f"page.{kind}").read_text() for kind in ("css", "js"))
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>\n{style}</style></head>\n<body><main>\n{body}\n</main>\n"
-        f"<script>\n{script}</script></body></html>\n"
-    )
-
-
-def _said(report: CutReport) -> str:
-    return ANSWERS.get(report.advice.action, report.advice.action.replace("_", " "))
+def _asset(name: str) -> str:
+    return files("relex_verl.reporting").joinpath(name).read_text(encoding="utf-8")
 
 
 def _answer(report: CutReport) -> str:
-    rows, steps = len(report.observed_steps), f"step {report.t_cut}"
-    tone = report.advice.action if report.advice.action in ANSWERS else "unscored"
+    advice, steps = report.advice, report.observed_steps
+    mark, word = WORDS.get(advice.action, ("•", advice.action.replace("_", " ")))
+    reason = advice.reason.removeprefix(f"{word}: ").rstrip(".")
+    seen = _count(len(steps), "observed step") + (f" ({steps[0]} to {steps[-1]})" if len(steps) > 1 else "")
+    where = "" if report.recommended_path is None else f"<p>It is in <code>{escape(report.recommended_path)}</code></p>"
     return (
-        f'<section class="answer" style="--tone: var(--{tone})"><p class="soft">RELEX, cut at {steps} of this run, '
-        f"{rows} observed steps</p><h1>{html.escape(_said(report))}</h1>"
-        f"<p>{html.escape(report.advice.reason)}</p></section>"
+        f'<section class="answer {escape(advice.action)}"><p class="where">RELEX, cut at step {report.t_cut}, {seen}</p>'
+        f'<h1><span aria-hidden="true">{mark}</span>{escape(word)}</h1><p class="reason">{escape(reason)}.</p>'
+        f"<p>{MEANING.get(advice.action, '')}</p>{where}</section>" + _facts(report)
     )
 
 
-def _curve(figures: Mapping[str, Path]) -> str:
-    if "scores" not in figures:
-        return ""
-    caption = "Validation score against the predicted step, with 95 % intervals; dashed: the weights observed last."
-    return _figure(figures["scores"], "Curve of validation scores", caption)
-
-
-def _costs(report: CutReport) -> str:
-    seconds, tests = sum(row.seconds for row in report.validation_scores), len(report.validation_scores)
-    facts = {"observed up to": f"step {report.t_cut}"}
-    if report.steps_saved:
-        facts["going on would train"] = f"{report.steps_saved} more steps"
-    if tests:
-        facts["validations run"] = str(tests)
-        facts["time spent scoring"] = f"{seconds:.0f} s" if seconds < 600 else f"{seconds / 60:.0f} min"
-    if report.advice.p_value is not None:
-        facts["paired test"] = f"p = {report.advice.p_value:.2g}, {report.advice.prompts} prompts"
-    cells = "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts.items())
-    return f'<dl class="facts">{cells}</dl>'
+def _facts(report: CutReport) -> str:
+    """What the decision rests on, and what it costs to go on."""
+    advice, scored = report.advice, report.validation_scores
+    facts = []
+    if advice.score is not None and advice.hold_score is not None:
+        against = f"against {advice.hold_score:.3f} of step {report.t_cut}, on {_count(advice.prompts, 'prompt')}"
+        if advice.p_value is not None and advice.alpha is not None:
+            against += f"; p = {advice.p_value:.2g}, below {advice.alpha:.2g} needed"
+        facts.append(("Score of the best prediction", f"{advice.score:.3f}", against))
+    if advice.action == "stop":
+        rest = "up to the end of the run; stopping here saves them" if report.steps_saved else "the run is at its end"
+        facts.append(("Going on would cost", _count(report.steps_saved, "training step"), rest))
+    if report.next_cut is not None:
+        further = f"{_count(report.next_cut - report.t_cut, 'training step')} from here; it is tested again there"
+        facts.append(("Next cut", f"step {report.next_cut}", further))
+    elif advice.action == "keep_training":
+        facts.append(("Next cut", "none", "the run ends before another one"))
+    seconds = sum(row.seconds for row in scored)
+    spent = (
+        f"{_count(len(scored), 'validation')}, the last observed weights among them" if scored else "nothing was scored"
+    )
+    facts.append(("Time spent on scoring", _duration(seconds), spent))
+    rows = (
+        f"<div><dt>{label}</dt><dd>{escape(value)}<small>{escape(more)}</small></dd></div>"
+        for label, value, more in facts
+    )
+    return f'<dl class="facts">{"".join(rows)}</dl>'
 
 
 def _next_steps(report: CutReport) -> str:
-    steps = _with_winner(report.recommended_path) if report.recommended_path else _without_winner(report)
-    steps += _from_trajectory(report)
-    blocks = "".join(
-        f'<h3>{html.escape(step.title)}</h3><div class="command"><pre>{html.escape(step.command)}</pre></div>'
-        for step in steps
-    )
-    return f"<h2>What to do next</h2>{blocks}" if steps else ""
-
-
-def _with_winner(path: str) -> list[Step]:
-    load = f"from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained({path!r})"
-    return [
-        Step("Load the recommended checkpoint", load),
-        Step("Serve it", f"vllm serve {quote(path)}"),
-        Step("Push it to the Hub, with a model card", f"relex-verl push {quote(path)} owner/name"),
-        Step("Train on from it: the override of a new run", f"actor_rollout_ref.model.path={quote(path)}"),
+    steps = [
+        f'<section class="next"><header><h3>{escape(step.title)}</h3></header><p>{escape(step.note)}</p>'
+        f'<pre tabindex="0">{escape(step.text)}</pre></section>'
+        for step in next_steps(report)
     ]
-
-
-def _without_winner(report: CutReport) -> list[Step]:
-    if not report.predictions:
-        return []
-    path, trajectory = report.predictions[0].path, report.predictions[0].trajectory
-    observed = Path(trajectory).parent / f"step_{report.t_cut}"
-    said = "before use" if report.advice.action == "unscored" else "on your own questions"
-    checkout = f"relex-verl checkout {quote(trajectory)} --step {report.t_cut} --out {quote(str(observed))}"
-    return [
-        Step("Get the weights observed last: what every prediction has to beat", checkout),
-        Step(f"Score a prediction {said}: serve it and run your evaluation against both", f"vllm serve {quote(path)}"),
-    ]
-
-
-def _from_trajectory(report: CutReport) -> list[Step]:
-    if not report.predictions:
-        return []
-    trajectory, target = report.predictions[0].trajectory, 2 * report.t_cut
-    out = quote(str(Path(trajectory).parent / "more"))
-    place = quote(trajectory)
-    return [
-        Step(
-            "Predict other steps, without a GPU",
-            f"relex-verl extrapolate {place} --t-cut {report.t_cut} --target {target} --out {out}",
-        ),
-        Step("Look closer at the trajectory", f"relex-verl diagnose {place} --out {out}"),
-    ]
+    return "<h2>What to do next</h2>" + "\n".join(steps) if steps else ""
 
 
 def _scores(report: CutReport) -> str:
     if not report.validation_scores:
-        return _screened(report.screened_out)
-    target = report.advice.target
-    table = _score_table(report.validation_scores, None if target is None else target.folder_name)
-    return f"<h2>Scores</h2>{table}{_screened(report.screened_out)}"
+        return ""
+    metric = escape(report.validation_scores[0].metric)
+    return (
+        f"<h2>Scores</h2><p>All prompts of the validation set, by <code>{metric}</code>. The decision rests on the prompts "
+        "that the search had not seen, so its two scores differ a little from these.</p>"
+        + _score_table(
+            report.validation_scores, None if report.advice.target is None else report.advice.target.folder_name
+        )
+    )
 
 
-def _score_table(scores: Sequence[Scored], best: str | None = None) -> str:
-    shown = ("name", "score", "standard_error", "search_score", "prompts", "seconds")
-    rows = [{key: getattr(row, key) for key in shown} for row in scores]
-    return _table(rows, best=[row.name == best for row in scores])
+def _score_table(scored: Sequence[Scored], winner: str | None) -> str:
+    columns = {"Weights": False, "Step": True, "Score": True, "95% interval": True}
+    columns |= {"In the search": True, "Prompts": True, "Seconds": True}
+    rows = []
+    ordered = sorted(scored, key=lambda row: row.target)
+    for row in ordered:
+        half = 1.96 * row.standard_error
+        name = Cell(row.name, "<em>recommended</em>" if row.name == winner else "")
+        interval = cell(f"{row.score - half:.3f} to {row.score + half:.3f}")
+        numbers = (cell(row.search_score, 3), cell(row.prompts), cell(row.seconds, 1))
+        rows.append([name, cell(row.target), cell(row.score, 3), interval, *numbers])
+    winners = [i for i, row in enumerate(ordered) if row.name == winner]
+    return table("Scores", columns, rows, highlighted=winners)
 
 
 def _screened(reasons: Mapping[str, str]) -> str:
-    rows = [{"method": method, "left out because": reason} for method, reason in reasons.items()]
-    return "<h2>Methods that were not scored</h2>" + _table(rows, said="left out because") if rows else ""
-
-
-def _pictures(figures: Mapping[str, Path]) -> str:
-    known = [name for name in PICTURES if name in figures]
-    others = [name for name in figures if name not in PICTURES and name != "scores"]
-    blocks = []
-    for name in [*known, *others]:
-        title, reading = PICTURES.get(name, (name.replace("_", " ").capitalize(), ""))
-        blocks.append(f"<h3>{html.escape(title)}</h3>{_figure(figures[name], title, reading)}")
-    return "<h2>How the weights move</h2>" + "".join(blocks) if blocks else ""
-
-
-def _figure(picture: Path, alt: str, caption: str) -> str:
-    content = base64.b64encode(picture.read_bytes()).decode()
-    return (
-        f'<figure><div class="picture"><img alt="{html.escape(alt)}" src="data:image/png;base64,{content}"></div>'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
-
-
-def _null(fits: Fits) -> str:
-    if not fits.summary:
+    if not reasons:
         return ""
+    rows = [[cell(method), Cell(reason, words=True)] for method, reason in reasons.items()]
+    said = "<h2>Screened out</h2><p>Methods that were not worth a validation.</p>"
+    return said + table("Screened out", {"Method": False, "Left out because": False}, rows)
+
+
+def _measures(report: CutReport) -> str:
+    fits = report.fits
     rows = [
-        {"over the tensors": figure.replace("_", " "), **dict.fromkeys(("mean", "p10", "min")), **statistics}
-        | {"a random walk shows": fits.random_walk_null.get(figure)}
-        for figure, statistics in fits.summary.items()
+        [
+            Cell(label, f'<br><span class="soft">{note}</span>', words=True),
+            *(cell(values.get(key), 4) for key in ("mean", "p10", "min")),
+            cell(fits.random_walk_null.get(name), 4),
+        ]
+        for name, (label, note) in MEASURES.items()
+        if (values := fits.summary.get(name))
     ]
-    said = "Explained variance and R² say little alone: directionless noise over the same steps shows the last column."
-    return f"<h2>In figures</h2><p>{said}</p>{_table(rows)}"
-
-
-def _earlier(report: CutReport) -> str:
-    cuts = [
-        f"<details><summary>Earlier cut, at step {cut.t_cut}: {html.escape(cut.advice.action.replace('_', ' '))}</summary>"
-        f"<p>{html.escape(cut.advice.reason)}</p>"
-        f"{_score_table(cut.validation_scores) if cut.validation_scores else ''}</details>"
-        for cut in reversed(report.earlier_cuts)
+    said = [
+        f"Predicting the last observed step from the first half of the steps, {escape(method)} has {error:.2f} of the "
+        "error of holding still (below 1 is nearer)."
+        for method, error in report.backtests.items()
+        if error == error
     ]
-    return "<h2>Earlier cuts</h2>" + "".join(cuts) if cuts else ""
+    if not rows:
+        return "".join(f"<p>{one}</p>" for one in said)
+    columns = {"Over all tensors": False, "Mean": True, "10th percentile": True, "Least": True, "Random walk": True}
+    note = (
+        "<p>A path without any direction, a random walk, looks straight as well: read each figure beside its own.</p>"
+    )
+    return note + table("How straight the tensors move", columns, rows) + "".join(f"<p>{one}</p>" for one in said)
 
 
-def _tensors(tensors: Sequence[Mapping[str, Any]]) -> str:
-    if not tensors:
-        return ""
-    rows = [{**row, "shape": " x ".join(map(str, row.get("shape", [])))} for row in tensors]
-    table = _table(rows, kind="sortable")
+def _picture(name: str, path: Path) -> str:
+    title, how, alt = PICTURES.get(name, (name.replace("_", " ").capitalize(), "", name.replace("_", " ")))
+    data = base64.b64encode(path.read_bytes()).decode()
     return (
-        f"<h2>Tensors</h2><details open><summary>{len(rows)} tensors; a heading sorts them</summary>{table}</details>"
+        f'<figure><h3>{escape(title)}</h3><figcaption>{escape(how)}</figcaption><div class="card {escape(name)}">'
+        f'<img alt="{escape(alt)}" src="data:image/png;base64,{data}"></div></figure>'
     )
 
 
-def _made_by(report: CutReport) -> str:
-    made = ", ".join(f"{package} {version}" for package, version in report.versions.items())
-    return f'<p class="soft">{html.escape(made)}</p>' if made else ""
+def _earlier(cuts: Sequence[EarlierCut]) -> str:
+    folded = [
+        f"<details><summary>Step {cut.t_cut}: {escape(WORDS.get(cut.advice.action, ('', cut.advice.action))[1].lower())}"
+        f"</summary><p>{escape(cut.advice.reason)}</p>"
+        + (_score_table(cut.validation_scores, None) if cut.validation_scores else "")
+        + "</details>"
+        for cut in reversed(cuts)
+    ]
+    return "<h2>Earlier cuts</h2>" + "\n".join(folded) if folded else ""
 
 
-def _table(rows: Sequence[Mapping[str, Any]], best: Sequence[bool] = (), said: str = "", kind: str = "") -> str:
-    """Rows with the same keys.
-
-    Args:
-        rows: what they say.
-        best: which of them stand out.
-        said: the column that holds sentences.
-        kind: class of the table.
-    """
-    head = "".join(f'<th scope="col">{html.escape(str(key).replace("_", " "))}</th>' for key in rows[0])
-    marks = list(best) or [False] * len(rows)
-    body = "".join(
-        f"<tr{' class=best' if mark else ''}>"
-        + "".join(_cell(value, "said" if key == said else "") for key, value in row.items())
-        + "</tr>"
-        for row, mark in zip(rows, marks, strict=True)
+def _tensors(report: CutReport) -> str:
+    rows = report.fits.tensors
+    if not rows:
+        return ""
+    labels = TENSOR_COLUMNS | {name: label for name, (label, _) in MEASURES.items()}
+    columns = {key: labels.get(key, key.replace("_", " ")) for key in rows[0]}
+    cells = [
+        [
+            Cell(" x ".join(map(str, value)), value=prod(value))
+            if isinstance(value, list)
+            else cell(value, 4 if key in MEASURES else None)
+            for key, value in ((key, row.get(key)) for key in columns)
+        ]
+        for row in rows
+    ]
+    shown = table("Tensors", {label: key != "tensor" for key, label in columns.items()}, cells, sortable=True)
+    folded = (
+        f"<details><summary>{_count(len(rows), 'tensor')}<small>what moved, how far, how straight</small></summary>"
     )
-    table = f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-    return f'<div class="wide" tabindex="0">{table}</div>'
+    return f"<h2>Tensor by tensor</h2>{folded}{shown}</details>"
 
 
-def _cell(value: object, kind: str = "") -> str:
-    """A number to four digits, with all of them for sorting; what is not defined as a dash."""
-    value = strict(value)
-    exact = f' data-value="{value!r}"' if isinstance(value, float) else ""
-    text = f"{value:.4g}" if isinstance(value, float) and isfinite(value) else "-" if value is None else str(value)
-    return f"<td{f' class={kind}' if kind else ''}{exact}>{html.escape(text)}</td>"
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -50,6 +50,7 @@ def report(
         schedule: the cuts before, and the steps that need not be trained if a prediction has won.
     """
     won = verdict.winner is not None
+    following = schedule.following() if verdict.advice.action == "keep_training" else None
     return CutReport(
         t_cut=t_cut,
         observed_steps=findings.steps,
@@ -64,6 +65,7 @@ def report(
         metrics=dict(metrics),
         earlier_cuts=list(schedule.earlier),
         steps_saved=schedule.saved if won else 0,
+        next_cut=None if following is None else following.t_cut,
     )
 
 

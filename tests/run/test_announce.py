@@ -50,6 +50,7 @@ def test_the_report_of_a_cut(tmp_path: Path, verdict: Verdict) -> None:
     assert report.advice.action == "stop"
     assert report.recommended_path == str(tmp_path / "recommended")
     assert report.steps_saved == 100 - CUT
+    assert report.next_cut is None
     (prediction,) = report.predictions
     assert prediction.path == str(tmp_path / "predicted" / "relex-step_20")
     assert prediction.to_json() == {**PROVENANCE.to_json(), "path": prediction.path}
@@ -63,6 +64,7 @@ def test_nothing_is_recommended_or_saved_without_a_win(tmp_path: Path) -> None:
     lost = decide(Host({CUT: 0.9, 20: 0.5}), CONFIG, CONFIG.plan(100), FINDINGS)
     report = shown(tmp_path, lost, {})
     assert (report.advice.action, report.recommended_path, report.steps_saved) == ("keep_training", None, 0)
+    assert report.next_cut == 2 * CUT
 
 
 def test_a_cut_is_shown_at_the_top_and_kept_by_itself(tmp_path: Path, verdict: Verdict) -> None:

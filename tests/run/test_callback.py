@@ -85,11 +85,13 @@ def test_a_loser_is_not_recommended_and_the_run_is_cut_again(tmp_path: Path) -> 
 def test_each_cut_must_pass_a_stricter_test(tmp_path: Path) -> None:
     """Half of what is left of alpha at every cut, all of it at one that no other can follow."""
     callback, _ = started(tmp_path, steps=14)
-    levels = []
+    levels, following = [], []
     for cut in (4, 8, 12):
         train(callback, cut - 3, cut)
         callback.on_rollout_ready(cut, Host({cut: 0.7, 20: 0.1}, cut=cut))
         levels.append(report(tmp_path)["advice"]["alpha"])
+        following.append(report(tmp_path).get("next_cut"))
+    assert following == [8, 12, None]
     assert levels == pytest.approx([0.025, 0.0125, 0.0125])
     assert sum(levels) == pytest.approx(0.05)
     assert not callback.active

@@ -1,0 +1,116 @@
+"""What to do after a cut: commands that can be pasted, with the paths of this run in them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import join, quote
+
+from relex_verl.reporting.findings import CutReport, Predicted
+
+__all__ = ["NextStep", "next_steps"]
+
+VALIDATE = ["trainer.val_before_train=True", "trainer.val_only=True", "trainer.resume_mode=disable"]
+GOES_ON = " \\\n  "
+
+
+@dataclass(frozen=True)
+class NextStep:
+    """Something to do, in words, and the text that does it when it is pasted."""
+
+    title: str
+    note: str
+    text: str
+
+
+def next_steps(report: CutReport) -> list[NextStep]:
+    """What helps after this verdict, the most useful first; empty where no checkpoint was written."""
+    if report.recommended_path is not None:
+        return _with_winner(report, report.recommended_path)
+    if not report.predictions:
+        return []
+    nearest = min(report.predictions, key=lambda prediction: prediction.target or report.t_cut)
+    observed = Path(nearest.trajectory).with_name(f"observed-step_{report.t_cut}")
+    return [
+        _checkout(nearest.trajectory, report.t_cut, observed),
+        _score(nearest.path, observed),
+        _more(report, nearest, "The shorter the horizon, the safer the prediction."),
+        _diagnose(nearest.trajectory),
+    ]
+
+
+def _with_winner(report: CutReport, path: str) -> list[NextStep]:
+    target = report.advice.target
+    name = "relex" if target is None else target.folder_name
+    won = [prediction for prediction in report.predictions if Path(prediction.path).name == name]
+    new_run = Path(path).parent.with_name(f"from_{name}")
+    overrides = [f"actor_rollout_ref.model.path={path}", f"trainer.default_local_dir={new_run}"]
+    load = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"path = {path!r}",
+        "model = AutoModelForCausalLM.from_pretrained(path)",
+        "tokenizer = AutoTokenizer.from_pretrained(path)",
+    ]
+    return [
+        NextStep("Load it", "In Python, with transformers.", "\n".join(load)),
+        NextStep("Serve it", "An OpenAI-compatible server, with vLLM.", join(["vllm", "serve", path])),
+        NextStep(
+            "Push it to the Hub",
+            "With a model card that says how it was made and how it scored. Put your own name in place of owner/name.",
+            join(["relex-verl", "push", path, "owner/name"]),
+        ),
+        NextStep(
+            "Train on from it",
+            "Add to your verl command. A folder of its own keeps verl from resuming the old run.",
+            _lines(overrides),
+        ),
+        *(_more(report, one, "Steps between the winner and its neighbours. Score them before use.") for one in won),
+        *(_diagnose(one.trajectory) for one in won),
+    ]
+
+
+def _checkout(trajectory: str, step: int, out: Path) -> NextStep:
+    return NextStep(
+        f"Take the weights of step {step}",
+        "The last observed weights, as a Hugging Face checkpoint: what every prediction has to beat.",
+        GOES_ON.join([join(["relex-verl", "checkout", trajectory]), join(["--step", str(step), "--out", str(out)])]),
+    )
+
+
+def _diagnose(trajectory: str) -> NextStep:
+    command = ["relex-verl", "diagnose", trajectory, "--out", str(Path(trajectory).with_name("diagnosis"))]
+    return NextStep("Look closer at the trajectory", "More pictures and figures than this page has.", join(command))
+
+
+def _score(path: str, observed: Path) -> NextStep:
+    return NextStep(
+        "Score a prediction yourself",
+        f"Add to your verl command, without +relex. Then once more with {observed}, and compare.",
+        _lines([f"actor_rollout_ref.model.path={path}", *VALIDATE]),
+    )
+
+
+def _more(report: CutReport, like: Predicted, note: str) -> NextStep:
+    """Predictions that were not written yet, made as `like` was."""
+    options = [] if like.method == "relex" else ["--method", like.method]
+    options += [] if like.rank == 1 else ["--rank", str(like.rank)]
+    options += [] if like.fit_from in (None, 0, 1) else ["--fit-from", str(like.fit_from)]
+    targets = ",".join(str(step) for step in _between(report, like.target or 2 * report.t_cut, like.method))
+    out = Path(like.trajectory).with_name("more")
+    command = join(["relex-verl", "extrapolate", like.trajectory])
+    how = join(["--t-cut", str(report.t_cut), "--target", targets, *options])
+    return NextStep("Predict other steps", note, GOES_ON.join([command, how, join(["--out", str(out)])]))
+
+
+def _lines(overrides: list[str]) -> str:
+    """Overrides as the end of a command, one a line."""
+    return "  " + GOES_ON.join(quote(override) for override in overrides)
+
+
+def _between(report: CutReport, step: int, method: str) -> list[int]:
+    """Steps halfway from this one to what was predicted, or observed, next to it; only the nearer one without a winner."""
+    scored = {row.target for row in report.validation_scores if row.method == method}
+    known = sorted({report.t_cut, step} | scored | {one.target for one in report.predictions if one.target})
+    place = known.index(step)
+    neighbours = known[max(0, place - 1) : place] + (known[place + 1 : place + 2] if report.recommended_path else [])
+    halfway = [(step + neighbour) // 2 for neighbour in neighbours]
+    return sorted(set(halfway) - set(known)) or [step + 1]
