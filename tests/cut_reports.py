@@ -9,7 +9,7 @@ from relex_verl.reporting.findings import CutReport, EarlierCut, Findings, Fits,
 from relex_verl.reporting.provenance import Provenance
 
 NO_FITS = Fits(summary={}, random_walk_null={}, tensors=[])
-FOUND = Findings([1, 2, 3, 4], NO_FITS, {"relex": 0.5}, drift=0.0, agreement=1.0, figures={})
+FOUND = Findings([1, 2, 3, 4], 0, NO_FITS, {"relex": 0.5}, drift=0.0, agreement=1.0, figures={})
 
 
 def advised(action: str, target: Prediction | None = None) -> Advice:

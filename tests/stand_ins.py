@@ -74,7 +74,7 @@ class Workers:
 
     def _relex_fit(self, methods: list[str], targets: list[int]) -> Findings:
         fits = Fits(summary={}, random_walk_null={"drift": nan}, tensors=[{"tensor": "w", "shape": [1]}])
-        return Findings(self.steps, fits, dict.fromkeys(methods, 0.5), drift=0.1, agreement=0.9, figures={})
+        return Findings(self.steps, 0, fits, dict.fromkeys(methods, 0.5), drift=0.1, agreement=0.9, figures={})
 
     def _relex_write(self, prediction: Prediction, folder: Path, provenance: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)

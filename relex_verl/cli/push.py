@@ -7,7 +7,7 @@ import typer
 
 from relex_verl.cli.arguments import AsJson
 from relex_verl.cli.screen import clear_errors, console, print_json
-from relex_verl.offline import hub as sharing
+from relex_verl.offline import hub
 
 __all__ = ["push"]
 
@@ -23,7 +23,7 @@ def push(
     Uses your own login (`hf auth login`, or HF_TOKEN).
     """
     with clear_errors():
-        address = sharing.push(checkpoint, repo, private)
+        address = hub.push(checkpoint, repo, private)
     if as_json:
         print_json({"repo": repo, "address": address})
         return

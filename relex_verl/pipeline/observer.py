@@ -184,7 +184,7 @@ class Observer:
 
     def save(self) -> None:
         """Put on disk what only memory holds, for a run that resumes after this step: a sketch. Rows are there already."""
-        if self.trajectory.window.stored[-1:] == self.steps[-1:]:
+        if self.trajectory.record.stored[-1:] == self.steps[-1:]:
             return  # at the cut, and again before verl's checkpoint of that step; rows have none to store
         with self.ranks.together():
             whole = self.collector.snapshot()
@@ -228,7 +228,7 @@ class Observer:
 
     def window(self) -> Window:
         """All rows so far, the same on every rank."""
-        return self.collector.window(list(self.shapes), self.trajectory.window.origin_step)
+        return self.collector.window(list(self.shapes), self.trajectory.record.origin_step)
 
     def histories(self) -> Iterator[ShardHistory]:
         """This rank's shards with all that is kept of them, in the order of the stacks."""

@@ -34,7 +34,7 @@ def predicted_tensors(
     Raises:
         ValueError: a method that needs single rows, from a sketch; too few rows.
     """
-    kind.check(prediction, window.steps[0])
+    kind.check(prediction, window.steps)
     yield from weighted_tensors(histories, kind, window, fit_weights(window, prediction))
 
 

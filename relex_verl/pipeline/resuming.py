@@ -48,7 +48,15 @@ def find(ranks: Collectives, folder: Path, index: TrajectoryIndex, step: int) ->
     # A node that crashed may have left its last files empty, although the index names them.
     readable = 0 if existing is None else existing.readable_until(ranks.rank, step)
     readable = min(ranks.gather(readable))
-    if existing is None or not existing.kept_after(readable):
+    if existing is None:
+        return None
+    if not existing.kept_after(readable):
+        with ranks.together():
+            if len(existing.index.windows) > 1:  # what is begun anew takes the place of all that is there
+                raise TrajectoryError(
+                    f"{folder} has no step to go on with after step {step} in its last window, and earlier windows: give "
+                    "this run its own relex.output_dir"
+                )
         return None
     existing.forget(readable)
     return existing, existing.steps

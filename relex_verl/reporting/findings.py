@@ -32,6 +32,7 @@ class Findings:
 
     Attributes:
         steps: the observed ones.
+        origin_step: where they are counted from.
         fits: of all tensors.
         backtests: method -> error of predicting the last row from the first half, against holding; NaN where unknown.
         drift: 1 - |cos| of v1 between the first half of the rows and all, mean over the tensors; NaN where unknown.
@@ -40,6 +41,7 @@ class Findings:
     """
 
     steps: list[int]
+    origin_step: int
     fits: Fits
     backtests: dict[str, float]
     drift: float
@@ -116,7 +118,8 @@ class CutReport(Record):
         metrics: of the step.
         earlier_cuts: of this run, in their order.
         steps_saved: that need not be trained if the run ends here with the winner; 0 without one.
-        next_cut: step of the cut that follows, if training goes on; None where none does.
+        next_cut: step of the cut that is planned next, if training goes on and its rows fit; None where none is.
+        single_steps: whether observed steps can be had again; a sketch keeps none.
     """
 
     t_cut: int
@@ -133,6 +136,7 @@ class CutReport(Record):
     earlier_cuts: list[EarlierCut]
     steps_saved: int
     next_cut: int | None = field(default=None, metadata=IF_KNOWN)
+    single_steps: bool = True
     schema_version: int = 1
 
     @classmethod

@@ -1,5 +1,6 @@
 """What to do after a cut: commands that can be pasted, with the paths of this run in them."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import join, quote
@@ -29,9 +30,10 @@ def next_steps(report: CutReport) -> list[NextStep]:
         return []
     nearest = min(report.predictions, key=lambda prediction: prediction.target or report.t_cut)
     observed = Path(nearest.trajectory).with_name(f"observed-step_{report.t_cut}")
+    taken = [_checkout(nearest.trajectory, report.t_cut, observed)] if report.single_steps else []
     return [
-        _checkout(nearest.trajectory, report.t_cut, observed),
-        _score(nearest.path, observed),
+        *taken,
+        _score(nearest.path, f"with {observed}" if taken else "with your own checkpoint of that step"),
         _more(report, nearest, "The shorter the horizon, the safer the prediction."),
         _diagnose(nearest.trajectory),
     ]
@@ -42,7 +44,7 @@ def _with_winner(report: CutReport, path: str) -> list[NextStep]:
     name = "relex" if target is None else target.folder_name
     won = [prediction for prediction in report.predictions if Path(prediction.path).name == name]
     new_run = Path(path).parent.with_name(f"from_{name}")
-    overrides = [f"actor_rollout_ref.model.path={path}", f"trainer.default_local_dir={new_run}"]
+    overrides = [_override("actor_rollout_ref.model.path", path), _override("trainer.default_local_dir", str(new_run))]
     load = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
@@ -63,8 +65,11 @@ def _with_winner(report: CutReport, path: str) -> list[NextStep]:
             "Add to your verl command. A folder of its own keeps verl from resuming the old run.",
             _lines(overrides),
         ),
-        *(_more(report, one, "Steps between the winner and its neighbours. Score them before use.") for one in won),
-        *(_diagnose(one.trajectory) for one in won),
+        *(
+            _more(report, winner, "Steps between the winner and its neighbours. Score them before use.")
+            for winner in won
+        ),
+        *(_diagnose(winner.trajectory) for winner in won),
     ]
 
 
@@ -81,11 +86,11 @@ def _diagnose(trajectory: str) -> NextStep:
     return NextStep("Look closer at the trajectory", "More pictures and figures than this page has.", join(command))
 
 
-def _score(path: str, observed: Path) -> NextStep:
+def _score(path: str, other: str) -> NextStep:
     return NextStep(
         "Score a prediction yourself",
-        f"Add to your verl command, without +relex. Then once more with {observed}, and compare.",
-        _lines([f"actor_rollout_ref.model.path={path}", *VALIDATE]),
+        f"Add to your verl command, without +relex. Then once more {other}, and compare.",
+        _lines([_override("actor_rollout_ref.model.path", path), *VALIDATE]),
     )
 
 
@@ -101,6 +106,14 @@ def _more(report: CutReport, like: Predicted, note: str) -> NextStep:
     return NextStep("Predict other steps", note, GOES_ON.join([command, how, join(["--out", str(out)])]))
 
 
+def _override(key: str, value: str) -> str:
+    """A Hydra override; quoted where its grammar would read more into a path than a text."""
+    if re.fullmatch(r"[\w./:-]+", value, re.ASCII):
+        return f"{key}={value}"
+    escaped = re.sub(r"\\+(?=')|\\+$", lambda slashes: 2 * slashes.group(), value).replace("'", r"\'")
+    return f"{key}='{escaped}'"
+
+
 def _lines(overrides: list[str]) -> str:
     """Overrides as the end of a command, one a line."""
     return "  " + GOES_ON.join(quote(override) for override in overrides)
@@ -109,7 +122,7 @@ def _lines(overrides: list[str]) -> str:
 def _between(report: CutReport, step: int, method: str) -> list[int]:
     """Steps halfway from this one to what was predicted, or observed, next to it; only the nearer one without a winner."""
     scored = {row.target for row in report.validation_scores if row.method == method}
-    known = sorted({report.t_cut, step} | scored | {one.target for one in report.predictions if one.target})
+    known = sorted({report.t_cut, step} | scored | {written.target for written in report.predictions if written.target})
     place = known.index(step)
     neighbours = known[max(0, place - 1) : place] + (known[place + 1 : place + 2] if report.recommended_path else [])
     halfway = [(step + neighbour) // 2 for neighbour in neighbours]

@@ -96,7 +96,7 @@ def write_html(path: Path, report: CutReport, figures: Mapping[str, Path]) -> No
         f"<script>\n{_asset('page.js')}</script>\n</html>\n"
     )
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
+    temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # a path may hold any bytes
     temporary.replace(path)
 
 
@@ -130,7 +130,8 @@ def _facts(report: CutReport) -> str:
         rest = "up to the end of the run; stopping here saves them" if report.steps_saved else "the run is at its end"
         facts.append(("Going on would cost", _count(report.steps_saved, "training step"), rest))
     if report.next_cut is not None:
-        further = f"{_count(report.next_cut - report.t_cut, 'training step')} from here; it is tested again there"
+        away = _count(report.next_cut - report.t_cut, "training step")
+        further = f"{away} from here, if its rows fit; it is tested again there"
         facts.append(("Next cut", f"step {report.next_cut}", further))
     elif advice.action == "keep_training":
         facts.append(("Next cut", "none", "the run ends before another one"))

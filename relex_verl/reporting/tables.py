@@ -66,7 +66,7 @@ def table(
     )
     body = "\n".join(
         f"<tr{_class('winner' * (i in highlighted))}>"
-        + "".join(_td(one, number) for one, number in zip(row, numbers, strict=True))
+        + "".join(_td(cell, number) for cell, number in zip(row, numbers, strict=True))
         + "</tr>"
         for i, row in enumerate(rows)
     )
@@ -77,7 +77,7 @@ def table(
 
 
 def _td(content: Cell, number: bool) -> str:
-    value = "" if content.value is None else f' data-value="{content.value!r}"'
+    value = "" if content.value is None else f' data-value="{escape(repr(content.value))}"'
     return (
         f"<td{_class('number' * number or 'words' * content.words)}{value}>{escape(content.text)}{content.markup}</td>"
     )

@@ -66,6 +66,7 @@ def report(
         earlier_cuts=list(schedule.earlier),
         steps_saved=schedule.saved if won else 0,
         next_cut=None if following is None else following.t_cut,
+        single_steps=schedule.kind.keeps_rows,
     )
 
 

@@ -95,7 +95,7 @@ def decide(host: Host, config: RelexConfig, plan: Plan, findings: Findings, shar
         methods, verdict.screened_out = screen(findings.backtests, findings.drift, findings.agreement)
         for method, reason in verdict.screened_out.items():
             logger.info("RELEX: %s is not scored: %s", method, reason)
-        verdict.advice = _Scoring(host, config, plan, verdict).run(methods, share)
+        verdict.advice = _Scoring(host, config, plan, verdict).run(methods, findings.origin_step, share)
     except Exception as error:
         logger.warning("RELEX: the scoring at step %d failed; nothing is recommended", plan.t_cut, exc_info=True)
         verdict.advice = unscored(f"the validation failed ({type(error).__name__}: {error})")
@@ -108,8 +108,8 @@ class _Scoring:
     def __init__(self, host: Host, config: RelexConfig, plan: Plan, verdict: Verdict) -> None:
         self.host, self.config, self.plan, self.verdict = host, config, plan, verdict
 
-    def run(self, methods: list[str], share: float) -> Advice:
-        """Score the last observed weights, search along the lines, and test the best that was found."""
+    def run(self, methods: list[str], origin_step: int, share: float) -> Advice:
+        """Score the last observed weights, search along the lines from the origin, and test the best that was found."""
         plan, verdict, config = self.plan, self.verdict, self.config
         observed = f"observed-step_{plan.t_cut}"
         hold = self._validate(observed, OBSERVED, config.score_metric)
@@ -129,7 +129,7 @@ class _Scoring:
             return search_score
 
         noise = hold.standard_error(searched)
-        candidates = search(score, methods, plan.targets, plan.t_cut, held, config.max_candidates, noise)
+        candidates = search(score, methods, plan.targets, plan.t_cut, held, config.max_candidates, noise, origin_step)
         if not candidates:
             return unscored("no method is left to score")
         best = max(candidates, key=lambda candidate: candidate.score)

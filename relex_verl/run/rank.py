@@ -32,14 +32,15 @@ logger = logging.getLogger("relex_verl")
 class RelexRank:
     """What RELEX holds and does on one rank."""
 
-    def __init__(self, setup: Setup, engine: Engine) -> None:
+    def __init__(self, setup: Setup, engine: Engine, ranks: Collectives | None = None) -> None:
         """Choose the kind of trajectory; nothing is read yet.
 
         Args:
             setup: what the driver says.
             engine: the host's.
+            ranks: of the training; those of the default process group for None.
         """
-        self._ranks = Collectives()
+        self._ranks = ranks or Collectives()
         with self._ranks.together():
             kind = setup.config.kind
             self._reason = engine.no_master if kind.wants_master else None
@@ -58,20 +59,27 @@ class RelexRank:
     def open(self, step: int) -> list[int]:
         """Open the trajectory after the step that training goes on from; the steps that it holds."""
         self._observer.open(step)
-        return self._observer.steps
+        steps, fit_from = self._observer.steps, self._setup.config.fit_from
+        with self._ranks.together():
+            if steps and steps[0] < fit_from and not self._observer.kind.keeps_rows:
+                raise ValueError(
+                    f"relex.fit_from={fit_from}: the sketch that this run goes on with holds steps from {steps[0]} on, and "
+                    "cannot leave them out. Give the value that the run began with"
+                )
+        return steps
 
     def observe(self, step: int) -> dict[str, float]:
         """Add the row of this step; rank 0 answers with the metrics."""
         seen = self._observer.observe(step, self._source)
         if self._ranks.rank:
             return {}
-        config, window = self._setup.config, self._observer.window()
-        if step >= config.fit_from:
-            window = window.since(config.fit_from)
-        figures = describe(window, config.rank)
-        figures |= {"changed_share": seen.changed_share_L, "stored_bytes": seen.stored_bytes_L}
+        config = self._setup.config
+        # Before the fit begins, this row alone: rows of a warm-up say nothing of what will be fitted.
+        window = self._observer.window().since(min(config.fit_from, step))
+        described = describe(window, config.rank)
+        described |= {"changed_share": seen.changed_share_L, "stored_bytes": seen.stored_bytes_L}
         live = half_backtest(window, "relex", config.rank)
-        return metrics.step_metrics(figures, seen.changed_share, seen.stored_bytes, live)
+        return metrics.step_metrics(described, seen.changed_share, seen.stored_bytes, live)
 
     def save(self) -> None:
         """Put on disk what only memory holds, since the host is about to save a checkpoint of this step."""
@@ -89,6 +97,7 @@ class RelexRank:
         agreement = nan if window.smoothed else split_half_agreement(window.gram_LTT).nanmean().item()
         return Findings(
             steps=list(observer.steps),
+            origin_step=window.origin_step,
             fits=fits,
             backtests={method: half_backtest(window, method, config.rank) for method in methods},
             drift=fits.summary["drift"].get("mean", nan),
@@ -111,7 +120,7 @@ class RelexRank:
             ValueError: a prediction that this trajectory cannot give.
         """
         if isinstance(weights, Prediction):
-            self._observer.kind.check(weights, self._observer.steps[0])
+            self._observer.kind.check(weights, self._observer.steps)
 
     def export(self, weights: Weights, device: Any) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and whole tensor, bfloat16, of other weights than the engine's. Collective: all ranks iterate, to the end.
@@ -136,9 +145,9 @@ class RelexRank:
         write_together(self._ranks, observer.base, observer.aliases, observer.shapes, shards, folder, provenance)
 
     def _predicted(self, prediction: Prediction) -> Iterator[TensorShard]:
-        """This rank's part of a prediction, tensor by tensor."""
+        """This rank's part of a prediction. Nothing is done before the first tensor is asked for: there errors end together."""
         observer = self._observer
-        return predicted_tensors(observer.histories(), observer.kind, observer.window(), prediction)
+        yield from predicted_tensors(observer.histories(), observer.kind, observer.window(), prediction)
 
     def _admit(self, elements: int, tensors: int) -> None:
         """Before memory is taken: does it all fit? Keeps the estimate, in words."""

@@ -98,12 +98,12 @@ class Kind:
             if self.keeps_rows or (method.degree is not None and method.degree < self.size)
         ]
 
-    def check(self, prediction: Prediction, first: int) -> None:
+    def check(self, prediction: Prediction, steps: Sequence[int]) -> None:
         """Refuse what a sketch cannot give: it knows the steps' polynomials, no single one of them.
 
         Args:
             prediction: what is wanted.
-            first: the first observed step.
+            steps: the observed steps.
 
         Raises:
             ValueError: with the cure.
@@ -116,9 +116,9 @@ class Kind:
             )
         if prediction.rank > self.size:
             raise ValueError(f"rank {prediction.rank} is more than a sketch of size {self.size} holds")
-        if prediction.fit_from > first:
+        if prediction.fit_from > steps[0]:
             raise ValueError(
-                f"fit_from {prediction.fit_from}: a sketch cannot leave out steps that it holds, the first is {first}"
+                f"fit_from {prediction.fit_from}: a sketch cannot leave out steps that it holds, the first is {steps[0]}"
             )
 
 

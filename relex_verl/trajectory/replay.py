@@ -47,7 +47,7 @@ def window(trajectory: Trajectory, cut: int | None = None) -> Window:
     else:
         moment_gram_Lrr, energy_LT = sketched(trajectory, cut)
         gram_LTT, energy_L = lifted_gram(moment_gram_Lrr, steps), energy_LT.sum(dim=1)
-    return Window(trajectory.names, steps, gram_LTT, trajectory.window.origin_step, energy_L)
+    return Window(trajectory.names, steps, gram_LTT, trajectory.record.origin_step, energy_L)
 
 
 def sketched(trajectory: Trajectory, cut: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,7 +132,7 @@ def _advanced(codec: RowCodec, origin: torch.Tensor, increments: Sequence[Any]) 
 
 def error_bound(trajectory: Trajectory, step: int) -> float:
     """How far a weight of `states(step)` can be from the engine's own: 0 for bf16, a quantum for fp32."""
-    if step == trajectory.window.origin_step:
+    if step == trajectory.record.origin_step:
         return 0.0
     _check_observed(trajectory, step)
     increments = (
@@ -149,7 +149,7 @@ def states(trajectory: Trajectory, step: int) -> Iterator[TensorShard]:
     Raises:
         TrajectoryError: the step was not observed, or a sketch does not keep it.
     """
-    if step == trajectory.window.origin_step:
+    if step == trajectory.record.origin_step:
         yield from _origins(trajectory)
         return
     _check_observed(trajectory, step)

@@ -19,7 +19,7 @@ trajectory's own folder). A `Trajectory` reads and writes one of them, the last 
 import json
 import os
 from collections.abc import Mapping, Sequence
-from copy import copy
+from copy import copy, deepcopy
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -76,7 +76,9 @@ class Trajectory:
         return cls(folder)
 
     def begin_window(self, origin_step: int) -> "Trajectory":
-        """Begin another window, whose origin each rank stores (`declare_rank`); it counts once the index is written.
+        """Begin another window, whose origin each rank stores (`declare_rank`).
+
+        It counts once its own index is written (`write_index`); from then on nothing is written through this one.
 
         Args:
             origin_step: the training step of its theta_0, not before the last observed one.
@@ -87,10 +89,11 @@ class Trajectory:
         last = max([self.index.windows[-1].origin_step, *self.index.windows[-1].steps])
         if origin_step < last:
             raise TrajectoryError(f"a window cannot begin at step {origin_step}: {self.folder} goes up to step {last}")
-        number = len(self.index.windows)
-        self.index.windows.append(WindowRecord(origin_step, "stored", folder=f"window_{number:03d}"))
-        self.index.schema_version = 2
-        return self.of_window(number)
+        other, number = copy(self), len(self.index.windows)
+        other.index, other._number = deepcopy(self.index), number
+        other.index.windows.append(WindowRecord(origin_step, "stored", folder=f"window_{number:03d}"))
+        other.index.schema_version = 2
+        return other
 
     def of_window(self, number: int) -> "Trajectory":
         """Another window of the same trajectory, from 0; they share the index."""
@@ -119,18 +122,18 @@ class Trajectory:
 
     def commit(self, step: int) -> None:
         """A step that all ranks have appended counts."""
-        self.window.steps.append(step)
+        self.record.steps.append(step)
 
     def commit_sketch(self, steps: Sequence[int]) -> list[int]:
         """A sketch of these steps that all ranks have appended counts; the steps of the files that are not kept for it."""
-        stored = [*self.window.stored, steps[-1]]
-        self.window.steps, self.window.stored = list(steps), stored[-KEPT_SKETCHES:]
+        stored = [*self.record.stored, steps[-1]]
+        self.record.steps, self.record.stored = list(steps), stored[-KEPT_SKETCHES:]
         return stored[:-KEPT_SKETCHES]
 
     def forget(self, after: int) -> None:
         """The steps after this one do not count any more (a resumed run trains them again)."""
-        self.window.steps = self.kept_after(after)
-        self.window.stored = [step for step in self.window.stored if step <= after]
+        self.record.steps = self.kept_after(after)
+        self.record.stored = [step for step in self.record.stored if step <= after]
 
     def write_index(self) -> None:
         """Put on disk what counts."""
@@ -144,14 +147,14 @@ class Trajectory:
     # Reading
 
     @property
-    def window(self) -> WindowRecord:
+    def record(self) -> WindowRecord:
         """What the index says of this window."""
         return self.index.windows[self._number]
 
     @property
     def steps(self) -> list[int]:
         """The committed steps of this window."""
-        return self.window.steps
+        return self.record.steps
 
     @property
     def names(self) -> list[str]:
@@ -221,7 +224,7 @@ class Trajectory:
     def readable_until(self, rank: int, step: int) -> int:
         """The last step up to `step` before which no file of a rank that the index names is damaged."""
         last = 0
-        for named in self.steps if self.kind.keeps_rows else self.window.stored:
+        for named in self.steps if self.kind.keeps_rows else self.record.stored:
             if named > step:
                 break
             try:
@@ -237,7 +240,7 @@ class Trajectory:
         """The steps that a run resumed after `step` goes on with: for a sketch, those of its last file up to there."""
         last = step
         if not self.kind.keeps_rows:
-            last = max((stored for stored in self.window.stored if stored <= step), default=0)
+            last = max((stored for stored in self.record.stored if stored <= step), default=0)
         return [observed for observed in self.steps if observed <= last]
 
     def steps_until(self, cut: int | None) -> list[int]:
@@ -249,15 +252,15 @@ class Trajectory:
         steps = [step for step in self.steps if cut is None or step <= cut]
         if not steps:
             raise TrajectoryError(f"{self.folder} holds no step up to {cut}; it holds {self.steps or 'none'}")
-        if not self.kind.keeps_rows and steps[-1] not in self.window.stored:
+        if not self.kind.keeps_rows and steps[-1] not in self.record.stored:
             raise TrajectoryError(
-                f"{self.folder} is a sketch, and can be cut only where it was stored: at {step_ranges(self.window.stored)}"
+                f"{self.folder} is a sketch, and can be cut only where it was stored: at {step_ranges(self.record.stored)}"
             )
         return steps
 
     def origin(self, rank: int, base: BaseCheckpoint, placements: Mapping[str, Placement]) -> "Origin":
         """A rank's part of theta_0."""
-        stored = None if self.window.origin == "base" else self._rank_folder(rank) / "origin.safetensors"
+        stored = None if self.record.origin == "base" else self._rank_folder(rank) / "origin.safetensors"
         return Origin(base, placements, stored, self.kind.dtype)
 
     @property
@@ -269,7 +272,7 @@ class Trajectory:
         return self._rank_folder(rank) / f"step_{step:06d}.safetensors"
 
     def _rank_folder(self, rank: int) -> Path:
-        return self.folder / self.window.folder / f"rank_{rank:05d}"
+        return self.folder / self.record.folder / f"rank_{rank:05d}"
 
 
 class Origin:

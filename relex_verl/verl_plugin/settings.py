@@ -1,12 +1,14 @@
 """verl's configuration as RELEX reads it: the options of `+relex=...`, their check, and what identifies the run."""
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from relex_verl.run.config import ConfigError, RelexConfig
-from relex_verl.run.protocol import RunFacts
+
+if TYPE_CHECKING:
+    from relex_verl.run.protocol import RunFacts
 
 __all__ = ["MODES", "checked_config", "option_node", "run_facts"]
 
@@ -50,8 +52,10 @@ def checked_config(config: DictConfig) -> RelexConfig:
     return relex
 
 
-def run_facts(config: DictConfig) -> RunFacts:
+def run_facts(config: DictConfig) -> "RunFacts":
     """What identifies the run."""
+    from relex_verl.run.protocol import RunFacts  # not in each process that Hydra's options are stored in
+
     trainer = config.trainer
     base_model = str(config.actor_rollout_ref.model.path)
     return RunFacts(base_model, trainer.project_name, trainer.experiment_name, trainer.resume_mode)

@@ -128,7 +128,7 @@ def test_a_sketch_predicts_what_the_rows_predict(sketched: Run, master: Run) -> 
     for target in TARGETS:
         assert different(predicted(sketched, target), predicted(master, target)) <= 5e-3
     trajectory = Trajectory(sketched.out / "relex" / "trajectory")
-    assert (trajectory.steps, trajectory.window.stored) == ([1, 2, 3, 4], [2, 4])
+    assert (trajectory.steps, trajectory.record.stored) == ([1, 2, 3, 4], [2, 4])
     at_cut = sketched.metrics[CUT]
     assert 0 < at_cut["relex/explained_variance/mean"] <= 1
     assert not any(name.startswith(("relex/line_r2", "relex/drift", "relex/ready", "relex/changed")) for name in at_cut)

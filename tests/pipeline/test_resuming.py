@@ -40,7 +40,7 @@ def test_origin_that_is_not_the_base_is_stored(base: Path, tmp_path: Path) -> No
     moved = {name: tensor * 1.01 for name, tensor in start.items()}
     observer.observe(1, RankSource(moved))
     trajectory = Trajectory(tmp_path / "trajectory")
-    assert trajectory.window.origin == "stored"
+    assert trajectory.record.origin == "stored"
     for step, expected in ((0, start), (1, moved)):
         for shard in replay.states(trajectory, step):
             assert torch.equal(shard.data, expected[shard.name].to(torch.bfloat16).flatten())

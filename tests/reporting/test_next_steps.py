@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import typer
 from cut_reports import advised, cut_report, predicted, scored
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from relex_verl.cli import app
 from relex_verl.maths.extrapolators import Prediction
@@ -38,7 +39,13 @@ def words(report: CutReport) -> dict[str, list[str]]:
     }
 
 
-@pytest.fixture(params=["run", "my run's $HOME"])
+def settings(overrides: list[str]) -> dict[str, str]:
+    """Key -> value, as Hydra reads them."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    return {override.key_or_group: override.value() for override in parsed}
+
+
+@pytest.fixture(params=["run", "my run's $HOME", "lr=1e-6,seed=[1]", "it's\\"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / request.param / "relex"
 
@@ -46,13 +53,15 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_after_a_winner(folder: Path) -> None:
     won = report(folder, "stop")
     best, of_run = str(folder / "recommended"), folder / "predicted"
-    assert words(won) == {
+    found = words(won)
+    found["Train on from it"] = settings(found["Train on from it"])  # type: ignore[assignment]
+    assert found == {
         "Serve it": ["vllm", "serve", best],
         "Push it to the Hub": ["relex-verl", "push", best, "owner/name"],
-        "Train on from it": [
-            f"actor_rollout_ref.model.path={best}",
-            f"trainer.default_local_dir={folder.parent / 'from_anchored-step_40'}",
-        ],
+        "Train on from it": {
+            "actor_rollout_ref.model.path": best,
+            "trainer.default_local_dir": str(folder.parent / "from_anchored-step_40"),
+        },
         "Predict other steps": [
             *("relex-verl", "extrapolate", str(of_run / "trajectory"), "--t-cut", "12", "--target", "32,70"),
             *("--method", "anchored", "--rank", "2", "--fit-from", "3", "--out", str(of_run / "more")),
@@ -74,9 +83,18 @@ def test_without_a_winner_the_nearest_prediction_is_offered_for_scoring(folder: 
     checkout, score, more, _ = found.values()
     observed = str(of_run / "observed-step_12")
     assert checkout == ["relex-verl", "checkout", str(of_run / "trajectory"), "--step", "12", "--out", observed]
-    assert score[0] == f"actor_rollout_ref.model.path={of_run / 'anchored-step_24'}"
-    assert {"trainer.val_only=True", "trainer.resume_mode=disable"} <= set(score)
+    overridden = settings(score)
+    assert overridden["actor_rollout_ref.model.path"] == str(of_run / "anchored-step_24")
+    assert overridden["trainer.val_only"] is True
+    assert overridden["trainer.resume_mode"] == "disable"
     assert more[more.index("--target") + 1] == "18"
+
+
+def test_a_sketch_has_no_step_to_give_back(folder: Path) -> None:
+    offered = next_steps(report(folder, "keep_training", single_steps=False))
+    assert offered[0].title == "Score a prediction yourself"
+    assert not any("checkout" in step.text for step in offered)
+    assert "your own checkpoint of that step" in offered[0].note
 
 
 def test_nothing_is_offered_where_nothing_was_written(folder: Path) -> None:

@@ -37,7 +37,7 @@ def golden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_0_1_0_wrote_gives_the_same_gram_and_predictions(golden: Path, name: str) -> None:
     trajectory, expected = Trajectory(golden / name / "trajectory"), load_file(golden / name / "expected.safetensors")
     assert trajectory.index.schema_version == 1
-    assert (trajectory.steps, trajectory.window.origin_step) == ([1, 2, 3, 4, 5, 6], 0)
+    assert (trajectory.steps, trajectory.record.origin_step) == ([1, 2, 3, 4, 5, 6], 0)
     torch.testing.assert_close(replay.window(trajectory).gram_LTT, expected["gram"], rtol=1e-9, atol=1e-18)
     for prediction in (Prediction("relex", 40), Prediction("raw-ols", 12)):
         for shard in extrapolate(trajectory, 6, prediction):
@@ -111,7 +111,7 @@ def test_windows_have_files_and_an_origin_of_their_own(tmp_path: Path, kind: str
     second.write_index()
 
     opened = Trajectory(first.folder)
-    assert (opened.steps, opened.window.origin_step) == ([6, 8], 5)
+    assert (opened.steps, opened.record.origin_step) == ([6, 8], 5)
     assert replay.window(opened).origin_step == 5
     assert opened.of_window(0).steps == [1, 2, 5]
     assert Trajectory(first.folder, window=0).steps == [1, 2, 5]

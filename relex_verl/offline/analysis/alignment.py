@@ -112,7 +112,7 @@ def align_checkpoints(
         fits = {}
         for method in methods:
             prediction = Prediction(method, checkpoint.step, rank, fit_from)
-            trajectory.kind.check(prediction, window.steps[0])
+            trajectory.kind.check(prediction, window.steps)
             fits[method] = trajectory.kind.coefficients(fit_weights(window, prediction), window.steps).tolist()
         with checkpoint.opened(allow_pickle) as folder:
             sums = _inner_products(trajectory, cut, fits, Checkpoint(folder, checkpoint.called), progress)
@@ -136,7 +136,7 @@ def _inner_products(
             raise IngestError(f"{truth.called} does not hold {name} of shape {shape}: it is not of this run")
     position = {name: i for i, name in enumerate(trajectory.names)}
     sums = {method: [[0.0, 0.0, 0.0] for _ in position] for method in fits}
-    origins = replay.states(trajectory, trajectory.window.origin_step)
+    origins = replay.states(trajectory, trajectory.record.origin_step)
     for history, origin in zip(replay.histories(trajectory, cut), origins, strict=True):
         start, i = origin.data.double(), position[history.name]
         true_delta = truth.read(history.name, history.placement).double() - start

@@ -55,7 +55,7 @@ class WholeTensors:
             TrajectoryError: no step up to the cut, or a file is missing.
         """
         trajectory.row_codec()  # a sketch has no single steps
-        self.trajectory, self.origin_step = trajectory, trajectory.window.origin_step
+        self.trajectory, self.origin_step = trajectory, trajectory.record.origin_step
         self.steps = trajectory.steps_until(cut)
         self.shapes = {name: tuple(shape) for name, shape in trajectory.index.tensors.items()}
         self._base = trajectory.base()
