@@ -44,6 +44,7 @@ seen.overflow = document.documentElement.scrollWidth - innerWidth;
 seen.copies = document.querySelectorAll(".next button.copy").length;
 seen.commands = document.querySelectorAll(".next pre").length;
 seen.evil = document.body.dataset.evil ?? "no";
+seen.between = table.tBodies[0].childNodes.length - table.tBodies[0].rows.length;
 seen.shown = shown();
 seen.up = sorted("R² of the line");
 seen.down = sorted("R² of the line");
@@ -114,6 +115,7 @@ def test_twenty_thousand_tensors_can_be_looked_through(tmp_path: Path) -> None:
     many = [tensor(f"layers.{i}.up", (i * 7919 % 20_000) / 20_000, [i + 1]) for i in range(20_000)]
     found = seen(page(tmp_path, many), PHONE)
     assert (found["shown"], found["shown_all"], found["overflow"]) == (200, 20_000, 0)
+    assert found["between"] == 0  # text between the rows: seconds a click
     assert found["up"]["first"][0] == "layers.0.up"
     assert found["names"]["last"] == "layers.19999.up"
 
