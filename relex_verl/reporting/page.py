@@ -210,12 +210,16 @@ def _measures(report: CutReport) -> str:
         if error == error
     ]
     if not rows:
-        return "".join(f"<p>{one}</p>" for one in said)
+        return "".join(f"<p>{sentence}</p>" for sentence in said)
     columns = {"Over all tensors": False, "Mean": True, "10th percentile": True, "Least": True, "Random walk": True}
     note = (
         "<p>A path without any direction, a random walk, looks straight as well: read each figure beside its own.</p>"
     )
-    return note + table("How straight the tensors move", columns, rows) + "".join(f"<p>{one}</p>" for one in said)
+    return (
+        note
+        + table("How straight the tensors move", columns, rows)
+        + "".join(f"<p>{sentence}</p>" for sentence in said)
+    )
 
 
 def _picture(name: str, path: Path) -> str:

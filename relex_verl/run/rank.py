@@ -145,7 +145,7 @@ class RelexRank:
         write_together(self._ranks, observer.base, observer.aliases, observer.shapes, shards, folder, provenance)
 
     def _predicted(self, prediction: Prediction) -> Iterator[TensorShard]:
-        """This rank's part of a prediction. Nothing is done before the first tensor is asked for: there errors end together."""
+        """This rank's part of a prediction; nothing is done before the first tensor is asked for."""
         observer = self._observer
         yield from predicted_tensors(observer.histories(), observer.kind, observer.window(), prediction)
 

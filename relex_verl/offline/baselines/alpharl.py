@@ -32,8 +32,8 @@ MIN_CHECKPOINTS = 3  # two points lie on every line
 def aligned_backwards(factors: Sequence[RankOne]) -> list[RankOne]:
     """Flip each triple so that cos(u_t, u_{t+1}) >= 0, from the last one, which stays as it is, backwards."""
     aligned = list(factors[-1:])
-    for one in reversed(factors[:-1]):
-        aligned.append(one.flipped() if one.left @ aligned[-1].left < 0 else one)
+    for factor in reversed(factors[:-1]):
+        aligned.append(factor.flipped() if factor.left @ aligned[-1].left < 0 else factor)
     return aligned[::-1]
 
 
@@ -120,9 +120,9 @@ def _predicted(
     for name, shape in reader.shapes.items():
         weights = reader.state(name, start).float()
         if is_attention_or_mlp_matrix(name, shape):
-            found = differences(reader.states(name), [(reader.origin_step, step) for step in steps])
-            factors = aligned_backwards([found[reader.origin_step, step] for step in steps])
-            vectors_Tm = torch.stack([one.left.double() * one.value for one in factors]).numpy()
+            by_pair = differences(reader.states(name), [(reader.origin_step, step) for step in steps])
+            factors = aligned_backwards([by_pair[reader.origin_step, step] for step in steps])
+            vectors_Tm = torch.stack([factor.left.double() * factor.value for factor in factors]).numpy()
             predicted_m = torch.from_numpy(invert_pls(vectors_Tm, scores_T, wanted)).float()
             weights += torch.outer(predicted_m, factors[-1].right)
         yield reader.shard(name, weights)

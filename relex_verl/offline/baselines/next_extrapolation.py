@@ -171,14 +171,14 @@ def _examples(reader: WholeTensors, name: str, anchors: list[int], settings: Nex
     """The triples of one matrix at each anchor, their signs aligned."""
     origin, back, ahead = reader.origin_step, settings.interval, settings.look_ahead
     wanted = {(origin, t) for t in anchors} | {(t - back, t) for t in anchors} | {(t, t + ahead) for t in anchors[:-1]}
-    found = differences(reader.states(name), sorted(wanted))
+    by_pair = differences(reader.states(name), sorted(wanted))
     examples: list[_Example] = []
     for t in reversed(anchors):
-        change = found[origin, t]
+        change = by_pair[origin, t]
         if examples:
             change = same_sign(change, examples[-1].global_change)
-        label = same_sign(found[t, t + ahead], change) if t != anchors[-1] else None
-        examples.append(_Example(change, same_sign(found[t - back, t], change), label))
+        label = same_sign(by_pair[t, t + ahead], change) if t != anchors[-1] else None
+        examples.append(_Example(change, same_sign(by_pair[t - back, t], change), label))
     return examples[::-1]
 
 
@@ -192,11 +192,11 @@ def _groups(examples: Mapping[str, list[_Example]]) -> dict[tuple[str, int], lis
     return dict(groups)
 
 
-def _part_of(one: RankOne, part: str, scale: float) -> torch.Tensor:
+def _part_of(factors: RankOne, part: str, scale: float) -> torch.Tensor:
     """u sqrt(m), v sqrt(n), or s / scale: numbers of the order of 1."""
     if part == "value":
-        return torch.tensor([one.value / scale])
-    vector = one.left if part == "left" else one.right
+        return torch.tensor([factors.value / scale])
+    vector = factors.left if part == "left" else factors.right
     return vector * len(vector) ** 0.5
 
 
@@ -209,7 +209,7 @@ def _train_and_predict(
 ) -> tuple[list[torch.Tensor], tuple[float, float]]:
     """One network: its outputs at the last checkpoint of each matrix, and its error before and after training."""
     rows = [
-        [_part_of(one, part, _scale(of_name[-1])) for one in example if one is not None]
+        [_part_of(factors, part, _scale(of_name[-1])) for factors in example if factors is not None]
         for of_name in examples.values()
         for example in of_name
     ]

@@ -33,10 +33,10 @@ class RankOne(NamedTuple):
         return torch.outer(self.left * self.value, self.right)
 
 
-def same_sign(one: RankOne, reference: RankOne) -> RankOne:
+def same_sign(factors: RankOne, reference: RankOne) -> RankOne:
     """`one`, flipped if that brings it nearer to the reference: cos(u, u') + cos(v, v') >= 0 afterwards."""
-    agreement = one.left @ reference.left + one.right @ reference.right
-    return one.flipped() if agreement < 0 else one
+    agreement = factors.left @ reference.left + factors.right @ reference.right
+    return factors.flipped() if agreement < 0 else factors
 
 
 def rank_one(matrix_mn: torch.Tensor) -> RankOne:
@@ -58,9 +58,9 @@ def rank_one(matrix_mn: torch.Tensor) -> RankOne:
         raise ValueError("the matrix has elements that are not finite")
     if not matrix_mn.any():
         return RankOne(torch.zeros(matrix_mn.shape[0]), 0.0, torch.zeros(matrix_mn.shape[1]))
-    found = _exact(matrix_mn) if min(matrix_mn.shape) <= EXACT_UP_TO else _iterated(matrix_mn.float())
-    one = found if found is not None else _by_gram(matrix_mn)
-    return one if one.left[one.left.abs().argmax()] > 0 else one.flipped()
+    decomposed = _exact(matrix_mn) if min(matrix_mn.shape) <= EXACT_UP_TO else _iterated(matrix_mn.float())
+    factors = decomposed if decomposed is not None else _by_gram(matrix_mn)
+    return factors if factors.left[factors.left.abs().argmax()] > 0 else factors.flipped()
 
 
 def _exact(matrix_mn: torch.Tensor) -> RankOne:
@@ -108,17 +108,17 @@ def differences(
     Raises:
         ValueError: a pair names a step that is not among the states, or not in that order.
     """
-    found: dict[tuple[int, int], RankOne] = {}
+    by_pair: dict[tuple[int, int], RankOne] = {}
     live: dict[int, torch.Tensor] = {}
     last_use = {a: max(b for first, b in pairs if first == a) for a, _ in pairs}
     for step, state in states:
         for pair in pairs:
             if pair[1] == step and pair[0] in live:
-                found[pair] = rank_one(state.float() - live[pair[0]].float())
+                by_pair[pair] = rank_one(state.float() - live[pair[0]].float())
         live = {first: kept for first, kept in live.items() if last_use[first] > step}
         if last_use.get(step, step) > step:
             live[step] = state
-    missing = [pair for pair in pairs if pair not in found]
+    missing = [pair for pair in pairs if pair not in by_pair]
     if missing:
         raise ValueError(f"no difference between the steps {missing[0]}: both have to be observed, in that order")
-    return found
+    return by_pair
