@@ -119,7 +119,7 @@ class CutReport(Record):
         earlier_cuts: of this run, in their order.
         steps_saved: that need not be trained if the run ends here with the winner; 0 without one.
         next_cut: step of the cut that is planned next, if training goes on and its rows fit; None where none is.
-        single_steps: whether observed steps can be had again; a sketch keeps none.
+        single_steps: whether observed steps can be had again: a sketch keeps none; None where nobody has said.
     """
 
     t_cut: int
@@ -136,7 +136,7 @@ class CutReport(Record):
     earlier_cuts: list[EarlierCut]
     steps_saved: int
     next_cut: int | None = field(default=None, metadata=IF_KNOWN)
-    single_steps: bool = True
+    single_steps: bool | None = field(default=None, metadata=IF_KNOWN)
     schema_version: int = 1
 
     @classmethod

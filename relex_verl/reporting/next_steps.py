@@ -30,7 +30,7 @@ def next_steps(report: CutReport) -> list[NextStep]:
         return []
     nearest = min(report.predictions, key=lambda prediction: prediction.target or report.t_cut)
     observed = Path(nearest.trajectory).with_name(f"observed-step_{report.t_cut}")
-    taken = [_checkout(nearest.trajectory, report.t_cut, observed)] if report.single_steps else []
+    taken = [_checkout(nearest.trajectory, report.t_cut, observed)] if report.single_steps is not False else []
     return [
         *taken,
         _score(nearest.path, f"with {observed}" if taken else "with your own checkpoint of that step"),
