@@ -34,7 +34,9 @@ class Probe:
         uids: verl's identifier of each sample's prompt, new in every validation.
         sources: data source of each sample.
         values: variable ("reward", "acc", ...) -> value of each sample.
-        expected: (data source, uid) -> number of samples asked for, also of prompts that never came back.
+        expected: (data source, uid) -> number of samples asked for, also of prompts that never came back, in the order in
+            which the rows left the dataloader.
+        marks: what to add to the text of each row, in that order, so that it names the row; see `rows.WatchedRows`.
     """
 
     first_source: str
@@ -43,6 +45,7 @@ class Probe:
     sources: list[str] = field(default_factory=list)
     values: dict[str, list[Any]] = field(default_factory=dict)
     expected: dict[tuple[str, str], int] = field(default_factory=dict)
+    marks: list[str] = field(default_factory=list)
 
     def validation(self, metrics: Mapping[str, float], metric: str | None, seconds: float) -> Validation:
         """What is kept.
@@ -79,10 +82,13 @@ class Probe:
         whole = [uid for uid, samples in wanted.items() if len(scores[uid]) >= samples]
         if len(whole) < LEAST_COVERAGE * len(wanted):
             raise ValueError(f"only {len(whole)} of the {len(wanted)} validation prompts of {source} came back whole")
-        by_text: dict[str, list[float]] = defaultdict(list)
+        if len(self.marks) != len(self.expected):
+            raise ValueError(f"{len(self.marks)} rows left the dataloader, verl asked for {len(self.expected)} prompts")
+        mark_of = {uid: mark for (_, uid), mark in zip(self.expected, self.marks, strict=True)}
+        by_prompt: dict[str, list[float]] = defaultdict(list)
         for uid in whole:
-            by_text[texts[uid]] += scores[uid]  # a prompt may stand in the set twice
-        return dict(by_text)
+            by_prompt[texts[uid] + mark_of[uid]] += scores[uid]  # a prompt may stand in the set twice
+        return dict(by_prompt)
 
 
 def core_metric(metrics: Mapping[str, float], source: str) -> str:
@@ -139,12 +145,20 @@ def deadline(buffer: Any, seconds: float) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def same_random_state() -> Iterator[None]:
-    """Leave Python's, numpy's and torch's generators as they were: verl shuffles its validation set with torch's."""
+def same_random_state(loader: Any) -> Iterator[None]:
+    """Leave Python's, numpy's and torch's generators as they were, and the one that a dataloader is shuffled with.
+
+    Args:
+        loader: verl's of the validation set, whose sampler draws on from one validation to the next.
+    """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    shuffler = getattr(getattr(loader, "sampler", None), "generator", None)
+    shuffled = shuffler.get_state() if shuffler else None
     try:
         yield
     finally:
+        if shuffler:
+            shuffler.set_state(shuffled)
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])

@@ -16,6 +16,7 @@ from relex_verl.run.callback import RelexCallback
 from relex_verl.run.protocol import Weights
 from relex_verl.run.validation import Validation
 from relex_verl.verl_plugin.probe import Probe, deadline, same_random_state
+from relex_verl.verl_plugin.rows import WatchedRows
 from relex_verl.verl_plugin.settings import checked_config, run_facts
 from relex_verl.verl_plugin.worker import RelexActorWorker, RelexDetachActorWorker
 
@@ -44,6 +45,7 @@ class _RelexTrainerMixin:
     checkpoint_manager: Any
     replay_buffer: Any
     val_dataset: Any
+    val_dataloader: Any
 
     def __init__(self, config: DictConfig) -> None:
         self.relex = RelexCallback(checked_config(config), run_facts(config))
@@ -127,10 +129,11 @@ class _RelexTrainerMixin:
         """
         if not len(self.val_dataset):
             raise ValueError("the validation set is empty")
-        start = time.perf_counter()
-        with same_random_state(), deadline(self.replay_buffer, timeout) as check:
+        start, loader = time.perf_counter(), self.val_dataloader
+        with same_random_state(loader), deadline(self.replay_buffer, timeout) as check:
             self._relex_drain(check)
             self._relex_probe = probe = Probe(str(self.val_dataset[0].get("data_source", "unknown")))
+            self.val_dataloader = rows = WatchedRows(loader)
             try:
                 self.relex.substitute(weights)
                 self._relex_sleep()
@@ -140,8 +143,9 @@ class _RelexTrainerMixin:
                 metrics = self._validate()
                 self.on_validate_end()  # type: ignore[attr-defined]
             finally:
-                self._relex_probe = None
+                self._relex_probe, self.val_dataloader = None, loader
                 self.relex.substitute(None)
+        probe.marks = rows.marks()
         return probe.validation(metrics, metric, time.perf_counter() - start)
 
     def relex_restore(self) -> None:

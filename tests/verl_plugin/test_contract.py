@@ -87,6 +87,7 @@ TRAINER = {
     "role_worker_mapping": ATTRIBUTE,
     "timing_raw": ATTRIBUTE,
     "total_training_steps": ATTRIBUTE,
+    "val_dataloader": ATTRIBUTE,
     "val_dataset": ATTRIBUTE,
 }
 SEPARATE = {

@@ -10,21 +10,24 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from relex_verl.run.validation import Validation, ValidationTimeout
 from relex_verl.verl_plugin.probe import Probe, core_metric, deadline, same_random_state
 
 
 def probe_of(samples: list[tuple[str, str, str, dict[str, float | None]]], first: str = "sums", n: int = 1) -> Probe:
-    """From (text, uid, source, values) of each sample; n of each prompt were asked for."""
+    """From (text, uid, source, values) of each sample; n of each prompt were asked for, and each text is one row."""
     names = {name: None for *_, values in samples for name in values}
+    expected = {(source, uid): n for _, uid, source, _ in samples}
     return Probe(
         first,
         inputs=[text for text, *_ in samples],
         uids=[uid for _, uid, *_ in samples],
         sources=[source for _, _, source, _ in samples],
         values={name: [values.get(name) for *_, values in samples] for name in names},
-        expected={(source, uid): n for _, uid, source, _ in samples},
+        expected=expected,
+        marks=[""] * len(expected),
     )
 
 
@@ -96,7 +99,7 @@ def test_survivors_of_a_failed_rollout_are_not_compared(asked: int, came: int, n
     came = min(came, asked)
     samples = [(f"p{i}", str(i), "sums", {"acc": 1.0}) for i in range(asked) for _ in range(n if i < came else n - 1)]
     probe = probe_of(samples, n=n)
-    probe.expected = {("sums", str(i)): n for i in range(asked)}
+    probe.expected, probe.marks = {("sums", str(i)): n for i in range(asked)}, [""] * asked
     metrics = {"val-core/sums/acc/mean@1": 0.5}
     if came < 0.95 * asked or not samples:
         with pytest.raises(ValueError, match="came back"):
@@ -159,7 +162,26 @@ def test_random_state_is_left_alone() -> None:
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
     expected = draw()
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
-    with contextlib.suppress(KeyError), same_random_state():
+    with contextlib.suppress(KeyError), same_random_state(SimpleNamespace()):
         draw()
         raise KeyError
     assert draw() == expected
+
+
+def test_the_validation_set_is_shuffled_as_if_nothing_had_been_scored() -> None:
+    """verl's loader draws on from one validation to the next, from a generator of its own."""
+    loader = StatefulDataLoader(range(20), batch_size=20, shuffle=True)
+    with same_random_state(loader):
+        scored = next(iter(loader)).tolist()
+    assert next(iter(loader)).tolist() == scored
+    assert next(iter(loader)).tolist() != scored
+
+
+def test_rows_that_read_alike_are_told_apart_by_their_marks() -> None:
+    probe = probe_of([("What is it?", uid, "sums", {"acc": float(uid == "1")}) for uid in "123"])
+    probe.marks = [" [row a]", " [row b]", " [row a]"]
+    validation = probe.validation({"val-core/sums/acc/mean@1": 1 / 3}, None, 1.0)
+    assert validation.samples == {"What is it? [row a]": [1.0, 0.0], "What is it? [row b]": [0.0]}
+    probe.marks = []
+    with pytest.raises(ValueError, match="0 rows left the dataloader, verl asked for 3 prompts"):
+        probe.validation({"val-core/sums/acc/mean@1": 1 / 3}, None, 1.0)

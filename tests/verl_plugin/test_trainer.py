@@ -99,6 +99,7 @@ def host(
 
     def validate() -> dict[str, float]:
         log.append("validate")
+        assert len(list(host.val_dataloader)) == 1
         host._maybe_log_val_generations(["1+1="], ["2"], [1.0])
         host._dump_generations([], [], [], [], {}, "nowhere")
         return host._val_metrics_update(["sums"], ["u"], {"acc": [1.0]}, [2], expected_acc_counts={("sums", "u"): 1})
@@ -110,6 +111,7 @@ def host(
     host.checkpoint_manager = Replicas("", log)
     host.standalone_checkpoint_manager = Replicas("standalone ", log)
     host.val_dataset = [{"data_source": "sums"}]
+    host.val_dataloader = [{"raw_prompt": [[{"role": "user", "content": "1+1="}]]}]
     host.current_mode = HybridEngineMode.TRAINER
     host.timing_raw = {}
     host.prev_step_profile = False
