@@ -2,22 +2,18 @@
 
 `engine.get_per_tensor_param_shard()` yields each rank's bf16 shards with a `ShardSpec`. Where the engine's parameter is
 the Hugging Face tensor, the spec's DTensor placement says which block of it a shard is. Everywhere else (Megatron's fused
-projections, expert stacks) the engine itself is asked: its converter maps positions of the shard to Hugging Face
-coordinates, so the shard's own positions are sent through it once, written as digits that bfloat16 holds exactly.
+projections, expert stacks) the engine's own converter is asked, see `conversion`.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from relex_verl.trajectory.shards import Placement, TensorShard, block_placement, placement_of_positions
+from relex_verl.trajectory.shards import Placement, TensorShard, block_placement
+from relex_verl.verl_plugin.conversion import Part, converted_parts
 
 __all__ = ["EngineSource", "VerlEngine", "has_float32_master", "tied_names"]
-
-# bfloat16 has 8 significant bits: whole numbers up to 256 are exact. Digits start at 1, so that none looks like padding.
-DIGIT_BASE = 128
 
 
 class VerlEngine:
@@ -58,7 +54,7 @@ class EngineSource:
         self.engine = engine
         self.master = master
         self.aliases = tied_names(engine)
-        self._parts: dict[str, list[_Part]] = {}
+        self._parts: dict[str, list[Part]] = {}
 
     def __iter__(self) -> Iterator[TensorShard]:
         for name, local, spec in self._exported():
@@ -76,7 +72,7 @@ class EngineSource:
             return exported
         return _fsdp_master_shards(self.engine)
 
-    def _locate(self, name: str, local: torch.Tensor, spec: Any) -> list["_Part"]:
+    def _locate(self, name: str, local: torch.Tensor, spec: Any) -> list[Part]:
         if spec.place is None and spec.to_hf_chunk is None and spec.hf_slots is None and self._is_identity(name, spec):
             from verl.workers.engine.spec import derive_dtensor_placement
 
@@ -86,8 +82,8 @@ class EngineSource:
                 placement = Placement((place,), (local.numel(),))
             else:
                 placement = block_placement(place.local_shape, place.global_offset, place.full_shape)
-            return [_Part(name, shape, placement, None)]
-        return self._probe(name, local, spec)
+            return [Part(name, shape, placement, None)]
+        return self._converted(name, local, spec)
 
     def _is_identity(self, name: str, spec: Any) -> bool:
         """Whether the engine's converter leaves this parameter as it is: asked with an empty change."""
@@ -95,60 +91,26 @@ class EngineSource:
         slots = self.engine._hf_delta_entry(name, spec, 0, empty, empty.to(torch.bfloat16))[0]
         return [(slot, tuple(shape)) for slot, shape in slots] == [(name, tuple(spec.full_shape))]
 
-    def _probe(self, name: str, local: torch.Tensor, spec: Any) -> list["_Part"]:
-        """Send every position of the shard through the engine's converter, digit by digit, and see where it comes out.
+    def _converted(self, name: str, local: torch.Tensor, spec: Any) -> list[Part]:
+        """Where the engine's converter puts this shard.
 
         Raises:
-            ValueError: the converter computes new values instead of moving old ones.
+            ValueError: it computes new values, or scatters them.
         """
-        from verl.workers.engine.spec import derive_dtensor_placement
+        from verl.workers.engine.spec import BlockPlacement, derive_dtensor_placement
 
         place = spec.place if spec.place is not None else derive_dtensor_placement(spec)[0]
-        positions = torch.arange(local.numel(), device=local.device)
-        source_position, weight = torch.zeros(0, dtype=torch.int64), 1
-        slots: list[tuple[str, tuple[int, ...]]] = []
-        counts, full_index = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-        while weight <= max(local.numel() - 1, 1):
-            digit = (positions // weight % DIGIT_BASE + 1).to(torch.bfloat16)
-            slots, _, counts, full_index, value = self.engine._hf_delta_entry(name, spec, place, positions, digit)
-            step = (value.cpu().long() - 1) * weight
-            source_position = step if weight == 1 else source_position + step
-            weight *= DIGIT_BASE
-        if source_position.unique().numel() != source_position.numel() or (
-            source_position.numel() and not 0 <= source_position.min() <= source_position.max() < local.numel()
-        ):
-            raise ValueError(f"{name}: {type(self.engine).__name__} does not hand this weight out as it is stored")
-        parts = []
-        for (slot, shape), index, position in zip(
-            slots, full_index.cpu().long().split(counts.tolist()), source_position.split(counts.tolist()), strict=True
-        ):
-            if index.numel():
-                # As runs: an index for each element would take more memory than the weights.
-                parts.append(_Part(slot, tuple(shape), placement_of_positions(index), placement_of_positions(position)))
-        return parts
+        shape = place.local_shape if isinstance(place, BlockPlacement) else spec.full_shape
 
+        def convert(positions: torch.Tensor, values: torch.Tensor) -> Any:
+            positions, values = positions.to(local.device), values.to(local.device)
+            slots, _, counts, index, value = self.engine._hf_delta_entry(name, spec, place, positions, values)
+            return slots, counts, index.cpu().long(), value.cpu().long()
 
-@dataclass(frozen=True)
-class _Part:
-    """Which elements of a Hugging Face tensor a part of an engine's shard is.
-
-    Attributes:
-        name, shape: of the Hugging Face tensor.
-        placement: which of its elements.
-        source: where they lie in the shard, in the same order; None: all of it, from front to back.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    placement: Placement
-    source: Placement | None
-
-    def cut_out(self, local: torch.Tensor) -> torch.Tensor:
-        """These elements of the shard: a view where they lie together."""
-        if self.source is None:
-            return local
-        pieces = [local[start : start + length] for _, start, length in self.source.runs()]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        try:
+            return converted_parts(convert, local.numel(), int(shape[-1]) if shape else 1)
+        except ValueError as error:
+            raise ValueError(f"{name} of {type(self.engine).__name__} cannot be followed: {error}") from None
 
 
 def has_float32_master(engine: Any) -> str | None:

@@ -148,7 +148,7 @@ CONTRACT: dict[str, dict[str, str]] = {
         "model_config": ATTRIBUTE,
         "module": ATTRIBUTE,
     },
-    SPEC: {"ShardSpec": ATTRIBUTE, "derive_dtensor_placement": "(spec)"},
+    SPEC: {"BlockPlacement": ATTRIBUTE, "ShardSpec": ATTRIBUTE, "derive_dtensor_placement": "(spec)"},
     f"{SPEC}:ShardSpec": {
         "from_param": "(param)",
         "full_shape": ATTRIBUTE,

@@ -145,7 +145,7 @@ def test_a_converter_that_computes_new_values_is_refused() -> None:
         return original(name, spec, place, index, value / 2 if index.numel() else value)
 
     engine._hf_delta_entry = blended
-    with pytest.raises(ValueError, match="does not hand this weight out as it is stored"):
+    with pytest.raises(ValueError, match="are not handed out as they are stored"):
         list(EngineSource(engine))
 
 
