@@ -47,6 +47,13 @@ class Part:
         pieces = [local[start : start + length] for _, start, length in self.source.runs()]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
+    def put(self, local: torch.Tensor, data: torch.Tensor) -> None:
+        """Set these elements of the shard, in place."""
+        taken = 0
+        for _, start, length in [(0, 0, local.numel())] if self.source is None else self.source.runs():
+            local[start : start + length].copy_(data[taken : taken + length])
+            taken += length
+
 
 def converted_parts(convert: Convert, numel: int, row: int) -> list[Part]:
     """The parts of Hugging Face tensors that a shard holds.

@@ -5,15 +5,16 @@ the Hugging Face tensor, the spec's DTensor placement says which block of it a s
 projections, expert stacks) the engine's own converter is asked, see `conversion`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 from relex_verl.trajectory.shards import Placement, TensorShard, block_placement
 from relex_verl.verl_plugin.conversion import Part, converted_parts
+from relex_verl.verl_plugin.fsdp import Own, has_float32_master, own_weights, reshard
 
-__all__ = ["EngineSource", "VerlEngine", "has_float32_master", "tied_names"]
+__all__ = ["EngineSource", "VerlEngine", "tied_names"]
 
 
 class VerlEngine:
@@ -69,10 +70,54 @@ class EngineSource:
     def _exported(self) -> Iterator[tuple[str, torch.Tensor, Any]]:
         if not self.master:
             exported, _ = self.engine.get_per_tensor_param_shard()
-            return exported
-        return _fsdp_master_shards(self.engine)
+            yield from exported
+            return
+        from verl.utils.device import get_device_id
+
+        for name, local, spec in self._own():  # weights that verl keeps on the host change on the device, step by step
+            yield name, local.to(get_device_id(), non_blocking=True), spec
+
+    def _own(self) -> Iterator[Own]:
+        """The master weights in place, under the names of the checkpoint."""
+        from verl.utils.model import convert_weight_keys
+
+        own = {name: (local, spec) for name, local, spec in own_weights(self.engine)}
+        module = getattr(self.engine.module, "_fsdp_wrapped_module", self.engine.module)
+        for name, (local, spec) in convert_weight_keys(own, module).items():
+            yield name, local, spec
+
+    def assign(self, shards: Iterable[TensorShard]) -> None:
+        """Set the master weights. Nothing is exchanged: each rank sets what it holds.
+
+        Args:
+            shards: float32, of all tensors that this rank holds, placed as they were handed out.
+
+        Raises:
+            ValueError: a tensor is missing, or placed otherwise; some weights may have been set then.
+        """
+        from verl.utils.device import get_torch_device
+
+        get_torch_device().synchronize()  # verl moves weights to the host beside what runs on the device
+        targets = {
+            part.name: (local, part)
+            for name, local, _ in self._own()
+            if name not in self.aliases
+            for part in self._parts.get(name, ())
+        }
+        for shard in shards:
+            local, part = targets.pop(shard.name)
+            if shard.placement != part.placement:
+                raise ValueError(f"{shard.name}: the engine cuts its weights otherwise than they are to be set")
+            part.put(local, shard.data)
+        if targets:
+            raise ValueError(
+                f"{min(targets)}: this rank holds a copy of it, and only one rank has what it is to be set to"
+            )
+        reshard(self.engine)
 
     def _locate(self, name: str, local: torch.Tensor, spec: Any) -> list[Part]:
+        if self.master and spec.place is not None:  # FSDP1: a run of the parameter
+            return [Part(name, tuple(spec.full_shape), Placement((spec.place,), (local.numel(),)), None)]
         if spec.place is None and spec.to_hf_chunk is None and spec.hf_slots is None and self._is_identity(name, spec):
             from verl.workers.engine.spec import derive_dtensor_placement
 
@@ -111,47 +156,6 @@ class EngineSource:
             return converted_parts(convert, local.numel(), int(shape[-1]) if shape else 1)
         except ValueError as error:
             raise ValueError(f"{name} of {type(self.engine).__name__} cannot be followed: {error}") from None
-
-
-def has_float32_master(engine: Any) -> str | None:
-    """None where the engine's parameters are float32 and can be read shard by shard, else the reason why not."""
-    from verl.workers.engine.fsdp import FSDPEngine
-
-    if not isinstance(engine, FSDPEngine) or type(engine).get_per_tensor_param_shard is not _fsdp_exporter():
-        return f"{type(engine).__name__} hands out bfloat16 weights only"
-    dtype = next(engine.module.parameters()).dtype
-    return (
-        None
-        if dtype == torch.float32
-        else f"the engine's parameters are {dtype}, not float32 (fsdp_config.model_dtype)"
-    )
-
-
-def _fsdp_exporter() -> Any:
-    from verl.workers.engine.fsdp import FSDPEngine
-
-    return FSDPEngine.get_per_tensor_param_shard
-
-
-def _fsdp_master_shards(engine: Any) -> Iterator[tuple[str, torch.Tensor, Any]]:
-    """Like `FSDPEngine.get_per_tensor_param_shard` of verl 0.9.1, but for its rounding to bfloat16."""
-    from verl.utils.device import get_device_id
-    from verl.utils.fsdp_utils import fsdp_version, load_fsdp_model_to_gpu, offload_fsdp_model_to_cpu
-    from verl.utils.model import convert_weight_keys
-    from verl.workers.engine.spec import ShardSpec
-
-    # FSDP1 gathers while it builds the state dict and wants its flat parameters on the device; FSDP2 hands out references.
-    staged = fsdp_version(engine.module) == 1
-    if staged and not engine._uses_fsdp2_cpu_offload_policy:
-        load_fsdp_model_to_gpu(engine.module)
-    params = engine.module.state_dict()
-    params = convert_weight_keys(params, getattr(engine.module, "_fsdp_wrapped_module", engine.module))
-    if staged and engine.is_param_offload_enabled:
-        offload_fsdp_model_to_cpu(engine.module)
-    for name, param in params.items():
-        spec = ShardSpec.from_param(param)
-        local = param.to(get_device_id(), non_blocking=True)
-        yield name, (local.to_local() if hasattr(local, "to_local") else local), spec
 
 
 def tied_names(engine: Any) -> dict[str, str]:

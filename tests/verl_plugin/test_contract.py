@@ -157,7 +157,7 @@ CONTRACT: dict[str, dict[str, str]] = {
         "to_hf_chunk": ATTRIBUTE,
     },
     f"{SPEC}:BlockPlacement": {"full_shape": ATTRIBUTE, "global_offset": ATTRIBUTE, "local_shape": ATTRIBUTE},
-    "verl.utils.device": {"get_device_id": "()"},
+    "verl.utils.device": {"get_device_id": "()", "get_torch_device": "()"},
     "verl.utils.fsdp_utils": {
         "fsdp_version": "(model)",
         "load_fsdp_model_to_gpu": "(model)",

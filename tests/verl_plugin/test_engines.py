@@ -7,6 +7,7 @@ processes builds them all, since importing verl takes longer than everything els
 import importlib
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def full_parameters(engine: Any) -> dict[str, torch.Tensor]:
             named = [(name, tensor.detach().clone()) for name, tensor in engine.module.named_parameters()]
         return {name.replace("_fsdp_wrapped_module.", ""): tensor for name, tensor in named}
     return {
-        name: tensor.full_tensor().detach() if hasattr(tensor, "full_tensor") else tensor.detach()
+        name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
         for name, tensor in engine.module.named_parameters()
     }
 
@@ -81,13 +82,47 @@ def seen_of(engine: Any, dtype: str) -> dict[str, Any]:
     shards = {(kind, "loaded"): kept(source) for kind, source in sources.items()}
     move(engine)
     shards |= {(kind, "moved"): kept(source) for kind, source in sources.items()}
+    full = full_parameters(engine)
     return {
-        "full": full_parameters(engine),
+        "full": full,
         "shards": shards,
+        "set": None if dtype == "bf16" else set_and_undone(engine, sources["fp32"]),
         "aliases": ours.aliases,
         "no_master": ours.no_master,
         "optimizer_on_host": ours.optimizer_on_host,
     }
+
+
+def set_and_undone(engine: Any, source: Any) -> dict[str, Any]:
+    """A step of the optimizer, then other weights and a step from them, then back; then without the optimizer's state."""
+    from relex_verl.verl_plugin.fsdp import kept_state, reset_optimizer, restore_state
+
+    optimize(engine)
+    before, full = kept_state(engine), full_parameters(engine)
+    source.assign([replace(shard, data=2 * shard.data + 1) for shard in reversed(kept(source))])
+    set_to = full_parameters(engine)
+    optimize(engine)
+    elsewhere = kept_state(engine)
+    restore_state(engine, before)
+    back = kept_state(engine)
+    unchanged = {name: torch.equal(tensor, before[name]) for name, tensor in back.items()}
+    reset_optimizer(engine)
+    return {
+        "full": full,
+        "set": set_to,
+        "moved": {name: not torch.equal(tensor, before[name]) for name, tensor in elsewhere.items() if tensor.numel()},
+        "unchanged": unchanged,
+        "reset": list(kept_state(engine)),
+    }
+
+
+def optimize(engine: Any) -> None:
+    """A step of the engine's own optimizer, with gradients of no meaning."""
+    for group in engine.optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    engine.optimizer.step()
+    engine.optimizer.zero_grad()
 
 
 def kept(source: ShardSource) -> list[TensorShard]:
@@ -176,6 +211,23 @@ def test_every_element_is_handed_out_once_and_is_the_models(
     elements = sum(tensor.numel() for tensor in stored.values())
     for rank in ranks:  # no rank holds much more than its share
         assert sum(shard.data.numel() for shard in rank["shards"]["bf16", "loaded"]) <= 1.1 * elements / world
+
+
+def test_weights_are_set_and_set_back_with_the_optimizers_state(seen: tuple[Case, list[dict[str, Any]]]) -> None:
+    """Each rank sets its own, in place; what is undone is bit for bit what was before."""
+    (_, _, dtype, _), ranks = seen
+    if dtype == "bf16":
+        return
+    for rank in ranks:
+        found = rank["set"]
+        for name, tensor in found["full"].items():
+            assert torch.equal(found["set"][name], 2 * tensor + 1), name
+        assert any(name.startswith("state.") for name in found["moved"])
+        assert all(found["moved"].values())
+        assert found["unchanged"].keys() >= found["moved"].keys()
+        assert all(found["unchanged"].values())
+        assert found["reset"]
+        assert all(name.startswith("weight.") for name in found["reset"])
 
 
 def test_float32_weights_are_told_from_rounded_ones(seen: tuple[Case, list[dict[str, Any]]]) -> None:

@@ -17,7 +17,8 @@ import verl
 from verl.workers.engine.spec import BlockPlacement, ShardSpec
 
 from relex_verl.trajectory.shards import check_cover, share_out
-from relex_verl.verl_plugin.source import EngineSource, has_float32_master, tied_names
+from relex_verl.verl_plugin.fsdp import has_float32_master
+from relex_verl.verl_plugin.source import EngineSource, tied_names
 
 ENGINES = Path(verl.__file__).parent / "workers" / "engine"
 RANKS, HIDDEN, FFN, VOCABULARY = 2, 6, 10, 13

@@ -1,0 +1,144 @@
+"""verl's FSDP engines from inside: a rank's own weights where they lie, and the optimizer's state beside them.
+
+Nothing here is collective: FSDP1 keeps a rank's part of each unit in one flat tensor, in which every parameter has at most
+one contiguous run; FSDP2 keeps a block of each parameter. Both are read, and written, in place.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+__all__ = ["Own", "has_float32_master", "kept_state", "own_weights", "reset_optimizer", "reshard", "restore_state"]
+
+# Name in the module, (n,) this rank's elements of it, verl's ShardSpec of where they lie in the whole tensor.
+Own = tuple[str, torch.Tensor, Any]
+# What FSDP1 and activation checkpointing put into the names of a module's parameters.
+WRAPPERS = re.compile(r"_(fsdp|checkpoint)_wrapped_module\.")
+
+
+def has_float32_master(engine: Any) -> str | None:
+    """None where the engine's parameters are float32 and can be read shard by shard, else the reason why not."""
+    from verl.workers.engine.fsdp import FSDPEngine
+
+    if not isinstance(engine, FSDPEngine) or type(engine).get_per_tensor_param_shard is not (
+        FSDPEngine.get_per_tensor_param_shard
+    ):
+        return f"{type(engine).__name__} hands out bfloat16 weights only"
+    dtype = next(engine.module.parameters()).dtype
+    return (
+        None
+        if dtype == torch.float32
+        else f"the engine's parameters are {dtype}, not float32 (fsdp_config.model_dtype)"
+    )
+
+
+def own_weights(engine: Any) -> Iterator[Own]:
+    """This rank's parameters and persistent buffers as they are kept, on whatever device they are: writing changes them.
+
+    In the order of the module, the same at every call. FSDP1 hands a tied weight out under its first name, FSDP2 under both.
+    """
+    from verl.utils.fsdp_utils import fsdp_version
+    from verl.workers.engine.spec import ShardSpec
+
+    if fsdp_version(engine.module) == 1:
+        yield from _flat_weights(engine.module)
+        return
+    for name, tensor in engine.module.state_dict().items():
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+        yield name, local.detach().view(-1), ShardSpec.from_param(tensor)
+
+
+def _flat_weights(module: torch.nn.Module) -> Iterator[Own]:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from verl.workers.engine.spec import ShardSpec
+
+    flat: set[str] = set()
+    for prefix, unit in module.named_modules():
+        handle = unit._handle if isinstance(unit, FullyShardedDataParallel) else None
+        if handle is None:
+            continue
+        parameter = handle.flat_param
+        # Set with the first forward pass; later `data` may be the gathered weights of the whole unit.
+        local = getattr(parameter, "_local_shard", parameter).detach()
+        shared = [f"{info.module_name}.{info.param_name}" for info in parameter._shared_param_infos]
+        flat |= {_plain(f"{prefix}.{name}") for name in (*parameter._fqns, *shared)}
+        for name, shape, part in zip(parameter._fqns, parameter._shapes, parameter._shard_param_infos, strict=True):
+            if part.in_shard:
+                run = local.narrow(0, part.offset_in_shard or 0, part.numel_in_shard or 0)
+                yield _plain(f"{prefix}.{name}"), run, ShardSpec(tuple(shape), place=part.intra_param_start_idx)
+    for prefix, part in module.named_modules():
+        lasting = {name: one for name, one in part._buffers.items() if name not in part._non_persistent_buffers_set}
+        for name, tensor in (*part._parameters.items(), *lasting.items()):
+            full_name = _plain(f"{prefix}.{name}")
+            if tensor is not None and full_name not in flat and name != "_flat_param":
+                yield full_name, tensor.detach().view(-1), ShardSpec(tuple(tensor.shape))
+
+
+def _plain(name: str) -> str:
+    return WRAPPERS.sub("", name).removeprefix(".")
+
+
+def reshard(engine: Any) -> None:
+    """Let go of gathered weights, which would be used on although the rank's own ones have been set."""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    for unit in engine.module.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
+        elif isinstance(unit, FullyShardedDataParallel) and unit._handle is not None:
+            handle = unit._handle
+            if handle.uses_sharded_strategy and not handle.is_sharded(handle.flat_param):
+                handle.reshard(free_unsharded_flat_param=True)
+
+
+def reset_optimizer(engine: Any) -> None:
+    """As it was before the first step; the learning-rate schedule goes on."""
+    engine.optimizer.state.clear()
+
+
+def kept_state(engine: Any) -> dict[str, torch.Tensor]:
+    """This rank's weights and optimizer state, copied to the host, by the place of each in the engine's own order."""
+    kept = {f"weight.{i}": local.to("cpu", copy=True) for i, (_, local, _) in enumerate(own_weights(engine))}
+    for i, parameter in enumerate(_optimized(engine)):
+        for key, value in engine.optimizer.state.get(parameter, {}).items():
+            local = value.to_local() if hasattr(value, "to_local") else torch.as_tensor(value)
+            kept[f"state.{i}.{key}"] = local.detach().to("cpu", copy=True).contiguous()
+    return kept
+
+
+def restore_state(engine: Any, kept: dict[str, torch.Tensor]) -> None:
+    """Set weights and optimizer state to what `kept_state` gave, bit by bit.
+
+    Raises:
+        ValueError: it is that of another engine; nothing has been changed then.
+    """
+    own = list(own_weights(engine))
+    weights = [kept.get(f"weight.{i}") for i in range(len(own))]
+    if any(
+        before is None or before.shape != now.shape or before.dtype != now.dtype
+        for before, (_, now, _) in zip(weights, own, strict=True)
+    ):
+        raise ValueError(
+            "the weights that were kept are those of another engine, or were cut otherwise between the ranks"
+        )
+    for before, (_, now, _) in zip(weights, own, strict=True):
+        assert before is not None
+        now.copy_(before)
+    for i, parameter in enumerate(_optimized(engine)):
+        state = engine.optimizer.state.get(parameter, {})
+        if not any(name.startswith(f"state.{i}.") for name in kept):
+            engine.optimizer.state.pop(parameter, None)
+            continue
+        for key, value in state.items():
+            before = kept[f"state.{i}.{key}"]
+            if isinstance(value, torch.Tensor):
+                (value.to_local() if hasattr(value, "to_local") else value).copy_(before)
+            else:
+                state[key] = before.item()
+    reshard(engine)
+
+
+def _optimized(engine: Any) -> list[torch.nn.Parameter]:
+    return [parameter for group in engine.optimizer.param_groups for parameter in group["params"]]
