@@ -142,9 +142,7 @@ CONTRACT: dict[str, dict[str, str]] = {
         "_hf_delta_entry": "(self, name, spec, place, lidx, lval)",
         "get_per_tensor_param": "(self, layered_summon=False, base_sync_done=False, **kwargs)",
         "get_per_tensor_param_shard": "(self, **kwargs)",
-        "_uses_fsdp2_cpu_offload_policy": ATTRIBUTE,
         "is_optimizer_offload_enabled": ATTRIBUTE,
-        "is_param_offload_enabled": ATTRIBUTE,
         "model_config": ATTRIBUTE,
         "module": ATTRIBUTE,
     },
@@ -160,8 +158,6 @@ CONTRACT: dict[str, dict[str, str]] = {
     "verl.utils.device": {"get_device_id": "()", "get_torch_device": "()"},
     "verl.utils.fsdp_utils": {
         "fsdp_version": "(model)",
-        "load_fsdp_model_to_gpu": "(model)",
-        "offload_fsdp_model_to_cpu": "(model, empty_cache=True)",
     },
     "verl.utils.model": {"convert_weight_keys": "(state_dict, model)"},
     # The options of `+relex=...` and their early check.
