@@ -1,7 +1,6 @@
 """The driver's side: when to observe, when to cut, what to write, and what to do when something goes wrong."""
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from relex_verl.trajectory.kinds import KINDS
 __all__ = ["RelexCallback"]
 
 logger = logging.getLogger("relex_verl")
-logger.setLevel(os.environ.get("RELEX_LOGGING_LEVEL", "INFO"))
 
 
 class RelexCallback:

@@ -105,3 +105,17 @@ def test_the_early_check_warns_the_user_of_relex(tmp_path: Path) -> None:
     warned, _, refusal = refused.value.stderr.partition("relex-verl: ")
     assert WARNING in warned
     assert "did you mean relex.t_cut" in refusal
+
+
+def test_with_verl_a_line_of_ours_is_there_once_also_when_the_root_logger_has_been_silenced() -> None:
+    """In every process that RELEX has a part in, the ranks' among them, as vLLM's server module silences it."""
+    code = """if True:
+        import logging, verl, relex_verl.run.rank
+        logger = logging.getLogger("relex_verl")
+        logger.info("RELEX: before")
+        for handler in logging.getLogger().handlers:
+            handler.setLevel(logging.ERROR)
+        logger.info("RELEX: after")
+    """
+    said = python(code).stderr
+    assert (said.count("RELEX: before"), said.count("RELEX: after")) == (1, 1)
