@@ -34,8 +34,8 @@ def new_values(base, seed=1, dtype=torch.bfloat16):
     }
 
 
-def write_whole(base, folder, values, aliases=(), dtype=torch.bfloat16, provenance=None):
-    writer = CheckpointWriter(base, folder, set(values), dict(aliases), dtype)
+def write_whole(base, folder, values, aliases=(), dtype=None, provenance=None, followed=torch.float32):
+    writer = CheckpointWriter(base, folder, set(values), dict(aliases), dtype, followed)
     writer.begin()
     for name, value in values.items():
         writer.write(TensorShard(name, tuple(value.shape), whole(value.shape), value.flatten()))

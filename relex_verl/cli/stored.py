@@ -3,6 +3,7 @@
 from itertools import product
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from relex_verl.cli.arguments import AsJson, FitFrom, OutFolder, Rank, TrajectoryFolder, later_steps_of, methods_of
@@ -69,7 +70,9 @@ def checkout(
         error = replay.error_bound(opened, step)
         facts = Checkout.of(step, error, opened.index.base_model, trajectory.resolve()).to_json()
         with element_bar(opened, f"step {step}") as advance:
-            write_checkpoint(opened, replay.states(opened, step), out, facts, opened.kind.dtype, advance)
+            # A float32 state has digits that the base's own types would cut off; a bfloat16 one has none.
+            dtype = torch.float32 if opened.kind.dtype == torch.float32 else None
+            write_checkpoint(opened, replay.states(opened, step), out, facts, dtype, advance)
     if as_json:
         print_json({"step": step, "path": str(out), "max_error": error})
         return

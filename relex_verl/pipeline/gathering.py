@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from relex_verl.pipeline.collectives import Collectives
+from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
 from relex_verl.trajectory.shards import TensorShard
 
 __all__ = ["whole_tensors"]
@@ -13,10 +14,12 @@ __all__ = ["whole_tensors"]
 
 def whole_tensors(
     ranks: Collectives,
+    base: BaseCheckpoint,
     shapes: Mapping[str, tuple[int, ...]],
     aliases: Mapping[str, str],
     shards: Iterator[TensorShard],
     device: Any,
+    followed: torch.dtype = torch.float32,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Put the ranks' shards together. Collective: all ranks iterate, to the end.
 
@@ -25,25 +28,28 @@ def whole_tensors(
 
     Args:
         ranks: all of them.
+        base: the base model, which says the type of each tensor.
         shapes: of all tensors, in the order of the stacks.
         aliases: tied name -> the name that it shares its elements with.
         shards: this rank's, in the same order.
         device: where the whole tensors go.
+        followed: the type of the trajectory's states, see `BaseCheckpoint.in_own_type`.
 
     Yields:
-        Name and whole tensor, bfloat16, on each rank; a tied name follows the one that it shares its elements with.
+        Name and whole tensor, in the type of the base's, on each rank; a tied name follows the one that it shares its
+        elements with.
 
     Raises:
         Exception: that of this rank's shards.
         PeerError: another rank's failed.
     """
     errors: list[Exception] = []
-    shards = _until_error(shards, errors)
+    shards = _until_error((base.in_own_type(shard, followed) for shard in shards), errors)
     shard = next(shards, None)
     for name, shape in shapes.items():
-        flat = torch.zeros(torch.Size(shape).numel(), dtype=torch.bfloat16, device=device)
+        flat = torch.zeros(torch.Size(shape).numel(), dtype=base.dtype(name), device=device)
         while shard is not None and shard.name == name:
-            data = shard.data.to(device, torch.bfloat16)
+            data = shard.data.to(device)
             for local, full, length in shard.placement.runs():
                 flat[full : full + length] = data[local : local + length]
             shard = next(shards, None)

@@ -240,10 +240,11 @@ class Observer:
             if name in self.held:
                 held = self.held[name]
                 anchor = held.state if from_last else origin[name]
-                yield ShardHistory(name, held.shape, held.placement, anchor, self.collector.parts(index[name]))
+                parts, dtype = self.collector.parts(index[name]), self.base.dtype(name)
+                yield ShardHistory(name, held.shape, held.placement, anchor, parts, dtype)
 
     def current(self, source: ShardSource) -> Iterator[TensorShard]:
-        """This rank's shards as the engine holds them now, rounded to bfloat16, in the order of the stacks.
+        """This rank's shards as the engine holds them now, rounded to the base's types, in the order of the stacks.
 
         On the host: the rollout's weights are on the device already.
         """
@@ -251,7 +252,7 @@ class Observer:
         with self.ranks.together(), _exhausted(source) as shards:
             for shard in shards:
                 if shard.name in self.held:
-                    data = shard.data.detach().to("cpu", torch.bfloat16, copy=True)
+                    data = shard.data.detach().to("cpu", self.base.dtype(shard.name), copy=True)
                     mine[shard.name] = TensorShard(shard.name, shard.shape, shard.placement, data)
         return (mine[name] for name in self.shapes if name in mine)
 

@@ -43,7 +43,7 @@ def weighted_tensors(
     kind: Kind,
     window: Window,
     weights_LT: torch.Tensor,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[TensorShard]:
     """theta_0 + sum_t a_t delta_t of each shard, one in memory.
 
@@ -52,7 +52,7 @@ def weighted_tensors(
         kind: how it is kept.
         window: the rows; only its names and steps are used.
         weights_LT: a, one row a tensor.
-        dtype: to round to.
+        dtype: to round to; the type in which the base stores the tensor for None.
 
     Raises:
         ValueError: weights of another shape.
@@ -62,7 +62,7 @@ def weighted_tensors(
         raise ValueError(f"need weights of shape {wanted}, got {tuple(weights_LT.shape)}")
     coefficients = dict(zip(window.names, kind.coefficients(weights_LT, window.steps).tolist(), strict=True))
     for shard in histories:
-        data = kind.accumulate(shard.anchor, shard.parts, coefficients[shard.name], dtype)
+        data = kind.accumulate(shard.anchor, shard.parts, coefficients[shard.name], dtype or shard.dtype)
         yield TensorShard(shard.name, shard.shape, shard.placement, data)
 
 
@@ -74,6 +74,7 @@ def write_together(
     shards: Iterable[TensorShard],
     folder: Path,
     provenance: Mapping[str, Any],
+    followed: torch.dtype = torch.float32,
 ) -> Path:
     """Write a checkpoint with all ranks: each puts its own elements into the shared files.
 
@@ -85,12 +86,13 @@ def write_together(
         shards: this rank's.
         folder: the destination.
         provenance: for `relex.json`.
+        followed: the type of the trajectory's states, see `BaseCheckpoint.in_own_type`.
 
     Raises:
         PeerError: another rank failed; nothing half-written stays.
     """
     with ranks.together():
-        writer = CheckpointWriter(base, folder, set(names), aliases)
+        writer = CheckpointWriter(base, folder, set(names), aliases, followed=followed)
     try:
         with ranks.together():
             if ranks.rank == 0:
@@ -113,7 +115,7 @@ def write_checkpoint(
     shards: Iterable[TensorShard],
     folder: Path,
     provenance: Mapping[str, Any] | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | None = None,
     progress: Callable[[int], None] = lambda elements: None,
 ) -> Path:
     """Write a checkpoint of a trajectory from one process, laid out like its base.
@@ -123,10 +125,11 @@ def write_checkpoint(
         shards: every shard of every rank.
         folder: the destination.
         provenance: for `relex.json`.
-        dtype: of the weights, bfloat16 or float32.
+        dtype: of all observed tensors; None for that in which the base stores each.
         progress: called with the number of elements of each shard written.
     """
-    writer = CheckpointWriter(trajectory.base(), folder, set(trajectory.names), trajectory.index.aliases, dtype)
+    base, aliases, followed = trajectory.base(), trajectory.index.aliases, trajectory.kind.dtype
+    writer = CheckpointWriter(base, folder, set(trajectory.names), aliases, dtype, followed)
     try:
         writer.begin()
         for shard in shards:

@@ -9,7 +9,7 @@ import torch
 
 from relex_verl.pipeline.collectives import Collectives
 from relex_verl.trajectory.collectors import Held
-from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
+from relex_verl.trajectory.hf_checkpoint import FLOATS, BaseCheckpoint
 from relex_verl.trajectory.index import TrajectoryError, TrajectoryIndex, WindowRecord
 from relex_verl.trajectory.shards import Placement
 from relex_verl.trajectory.store import Trajectory
@@ -109,13 +109,19 @@ def check_names(shards: Sequence[tuple[str, tuple[int, ...], Placement]], base: 
         base: the base model.
 
     Raises:
-        ValueError: a tensor that the base does not have, or has in another shape.
+        ValueError: a tensor that the base does not have, or has in another shape, or quantised.
     """
     unknown = sorted({name for name, _, _ in shards} - set(base.entries))
     if unknown:
         raise ValueError(
             f"{len(unknown)} tensors of the engine are not in the base checkpoint {base.folder}, e.g. "
             f"{unknown[:3]}: RELEX writes checkpoints laid out like the base and would not know where they belong"
+        )
+    quantised = next((name for name, _, _ in shards if base.entries[name].dtype not in FLOATS), None)
+    if quantised is not None:
+        raise ValueError(
+            f"{quantised} is stored as {base.entries[quantised].dtype} in the base checkpoint {base.folder}, and trained as "
+            "floating-point numbers: give a base that is not quantised"
         )
     for name, shape, _ in shards:
         if shape != base.entries[name].shape:

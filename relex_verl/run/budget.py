@@ -34,6 +34,7 @@ class Workload:
         predictions: checkpoints to be written.
         change_rate: share of the bf16 weights that change a step.
         rows_held: rows that are in memory and on disk already, beside the state; None before theta_0 is taken.
+        checkpoint: bytes of a predicted checkpoint, those of the base; None for all in bfloat16.
     """
 
     kind: Kind
@@ -43,6 +44,7 @@ class Workload:
     predictions: int
     change_rate: float = CAREFUL_CHANGE_RATE
     rows_held: int | None = None
+    checkpoint: int | None = None
 
     @property
     def row_bytes(self) -> float:
@@ -76,8 +78,8 @@ class Workload:
         return round(elements * ((self.rows - held) * self.row_bytes + files * self.kind.fixed_bytes))
 
     def predicted(self, elements: int) -> int:
-        """Disk for the predicted checkpoints, bfloat16."""
-        return 2 * elements * self.predictions
+        """Disk for the predicted checkpoints."""
+        return (2 * elements if self.checkpoint is None else self.checkpoint) * self.predictions
 
 
 def predictions_to_write(configured: int) -> int:

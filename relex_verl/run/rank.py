@@ -123,7 +123,9 @@ class RelexRank:
             self._observer.kind.check(weights, self._observer.steps)
 
     def export(self, weights: Weights, device: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and whole tensor, bfloat16, of other weights than the engine's. Collective: all ranks iterate, to the end.
+        """Name and whole tensor, in the base's types, of other weights than the engine's.
+
+        Collective: all ranks iterate, to the end.
 
         Args:
             weights: a prediction, or the weights observed last, along the same path.
@@ -131,7 +133,8 @@ class RelexRank:
         """
         observer = self._observer
         shards = self._predicted(weights) if isinstance(weights, Prediction) else observer.current(self._source)
-        return whole_tensors(self._ranks, observer.shapes, observer.aliases, shards, device)
+        followed = observer.kind.dtype
+        return whole_tensors(self._ranks, observer.base, observer.shapes, observer.aliases, shards, device, followed)
 
     def room(self, rows: int) -> None:
         """Check that so many more rows fit into host memory and on disk."""
@@ -141,8 +144,10 @@ class RelexRank:
     def write(self, prediction: Prediction, folder: Path, provenance: dict[str, Any]) -> None:
         """Write one predicted checkpoint, each rank its own elements."""
         observer = self._observer
-        shards = self._predicted(prediction)
-        write_together(self._ranks, observer.base, observer.aliases, observer.shapes, shards, folder, provenance)
+        shards, followed = self._predicted(prediction), observer.kind.dtype
+        write_together(
+            self._ranks, observer.base, observer.aliases, observer.shapes, shards, folder, provenance, followed
+        )
 
     def _predicted(self, prediction: Prediction) -> Iterator[TensorShard]:
         """This rank's part of a prediction; nothing is done before the first tensor is asked for."""
@@ -172,8 +177,8 @@ class RelexRank:
             facts = admission.RankFacts(socket.gethostname(), elements, available, on_host)
             free = machine.free_disk(setup.output_dir) if self._ranks.rank == 0 else None
         everyone = self._ranks.gather((facts, free))
-        every = setup.plans[kind.name].observe_every
-        workload = Workload(kind, tensors, rows, every, setup.predictions, rows_held=rows_held)
+        every, checkpoint = setup.plans[kind.name].observe_every, self._observer.base.nbytes
+        workload = Workload(kind, tensors, rows, every, setup.predictions, rows_held=rows_held, checkpoint=checkpoint)
         ranks = [rank for rank, _ in everyone]
         estimate = admission.estimate(workload, ranks, disk_free=everyone[0][1], output_dir=setup.output_dir)
         with self._ranks.together():

@@ -6,7 +6,6 @@ temporary folder beside the destination, which gets its name when all of them ar
 Format: https://huggingface.co/docs/safetensors
 """
 
-import errno
 import json
 import os
 import shutil
@@ -14,16 +13,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
 
-from relex_verl.trajectory.files import write_json
+from relex_verl.trajectory.files import header_bytes, reserve, write_json
 from relex_verl.trajectory.shards import Placement, TensorShard
 
-__all__ = ["BaseCheckpoint", "CheckpointWriter", "resolve_model"]
+__all__ = ["FLOATS", "BaseCheckpoint", "CheckpointWriter", "resolve_model"]
 
 INDEX_NAME = "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
@@ -31,6 +30,8 @@ ITEM_SIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8, "BOOL": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
 }  # fmt: skip
+# What a trained weight can be stored in; everything else is quantised, or no weight.
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def resolve_model(model: str | os.PathLike[str]) -> Path:
@@ -109,12 +110,43 @@ class BaseCheckpoint:
         flat = tensor.flatten()
         return torch.cat([flat[start : start + length] for _, start, length in placement.runs()] or [flat[:0]])
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The type in which a trained tensor is stored.
+
+        Raises:
+            KeyError: no such tensor, or none that is stored as floating-point numbers.
+        """
+        return FLOATS[self.entries[name].dtype]
+
+    def in_own_type(self, shard: TensorShard, followed: torch.dtype) -> TensorShard:
+        """A shard in the type in which this checkpoint stores its tensor.
+
+        Where that type has digits which were not followed (a float32 router bias in a bfloat16 trajectory), a weight that
+        is still what this checkpoint's rounds to is this checkpoint's, bit by bit: what never moved is not rounded.
+
+        Args:
+            shard: in its own type already, or in the one that was followed.
+            followed: the type of the trajectory's states.
+        """
+        dtype = self.dtype(shard.name)
+        data = shard.data.to(dtype)
+        if torch.promote_types(dtype, followed) != followed:
+            stored = self.read(shard.name, shard.placement).to(data.device)
+            data = torch.where(data == stored.to(followed).to(dtype), stored, data)
+        return TensorShard(shard.name, shard.shape, shard.placement, data)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(prod(entry.shape) * ITEM_SIZE[entry.dtype] for entry in self.entries.values())
+
 
 class CheckpointWriter:
     """Writes one checkpoint laid out like `base`, in three steps: `begin` (one process), `write` (any number of
     processes, each its own shards), `commit` (one process, after all have written).
 
-    Tensors that are observed are stored in `dtype`; `write` fills them. The others are copied from the base.
+    Tensors that are observed are stored in the type in which the base stores them, or all in `dtype`; `write` fills them.
+    The others are copied from the base.
     """
 
     def __init__(
@@ -123,7 +155,8 @@ class CheckpointWriter:
         folder: Path,
         observed: set[str],
         aliases: Mapping[str, str],
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | None = None,
+        followed: torch.dtype = torch.float32,
     ) -> None:
         """Plan the files.
 
@@ -132,10 +165,11 @@ class CheckpointWriter:
             folder: the destination; replaced as a whole if it holds a checkpoint that was written here before.
             observed: names of the tensors that `write` will fill.
             aliases: tied name -> the observed name that it shares its elements with.
-            dtype: of the observed tensors, bfloat16 or float32.
+            dtype: of all observed tensors; None for each one's own.
+            followed: the type of the trajectory's states, see `BaseCheckpoint.in_own_type`.
         """
-        self.dtype = dtype
-        stored_as = {torch.bfloat16: "BF16", torch.float32: "F32"}[dtype]
+        self.dtype, self.followed = dtype, followed
+        stored_as = next((name for name, known in FLOATS.items() if known == dtype), None)
         self.base, self.folder = base, folder.resolve()  # "." has no name, and a link is not what to replace
         self.partial = self.folder.with_name(f".{self.folder.name}.partial")
         self._targets: dict[str, list[str]] = {name: [name] for name in observed}
@@ -145,13 +179,13 @@ class CheckpointWriter:
         headers: dict[str, dict[str, Any]] = {}
         self._size: dict[str, int] = {}  # file -> bytes of its tensors
         for name, entry in base.entries.items():
-            kind = stored_as if name in filled else entry.dtype
+            kind = stored_as if stored_as is not None and name in filled else entry.dtype
             start = self._size.get(entry.file, 0)
             end = start + prod(entry.shape) * ITEM_SIZE[kind]
             offsets = {"dtype": kind, "shape": list(entry.shape), "data_offsets": [start, end]}
             headers.setdefault(entry.file, {})[name] = offsets
             self._size[entry.file] = end
-        self._header = {file: _header_bytes(header) for file, header in headers.items()}
+        self._header = {file: header_bytes(header) for file, header in headers.items()}
         self._range = {
             name: tuple(value["data_offsets"]) for header in headers.values() for name, value in header.items()
         }
@@ -171,7 +205,7 @@ class CheckpointWriter:
             with open(self.partial / file, "wb") as stream:
                 stream.write(header)
                 stream.flush()
-                _reserve(stream, len(header) + self._size[file])
+                reserve(stream, len(header) + self._size[file])
         for name in self.base.entries:
             if name not in self._filled:
                 tensor = self.base.read(name).contiguous().flatten()
@@ -179,13 +213,16 @@ class CheckpointWriter:
         for source in self.base.folder.iterdir():
             if source.is_file() and not source.name.endswith(WEIGHT_SUFFIXES) and source.name != "relex.json":
                 shutil.copy(source, self.partial / source.name)
-        _declare_dtype(self.partial / "config.json", self.dtype)
+        if self.dtype is not None:
+            _declare_dtype(self.partial / "config.json", self.dtype)
         self._write_index()
 
     def write(self, shard: TensorShard) -> None:
         """Put a shard's elements into their places; tied names get theirs too."""
-        content = shard.data.to("cpu", self.dtype).contiguous().view(torch.uint8).numpy()
-        item = self.dtype.itemsize
+        data = shard.data.to("cpu")
+        shard = TensorShard(shard.name, shard.shape, shard.placement, data)
+        data = data.to(self.dtype) if self.dtype is not None else self.base.in_own_type(shard, self.followed).data
+        content, item = data.contiguous().view(torch.uint8).numpy(), data.dtype.itemsize
         pieces = [
             (item * full, content[item * local : item * (local + length)])
             for local, full, length in shard.placement.runs()
@@ -248,22 +285,6 @@ class CheckpointWriter:
         if list(self._header) != ["model.safetensors"]:  # any other layout is found through its index only
             weight_map = {name: entry.file for name, entry in self.base.entries.items()}
             write_json(self.partial / INDEX_NAME, {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map})
-
-
-def _reserve(stream: BinaryIO, size: int) -> None:
-    """Take the space now: a full disk is an OSError here, but kills the process when a mapped page is written."""
-    try:
-        os.posix_fallocate(stream.fileno(), 0, size)
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise OSError(error.errno, error.strerror, stream.name) from error
-        os.ftruncate(stream.fileno(), size)
-
-
-def _header_bytes(header: Mapping[str, Any]) -> bytes:
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data that follows is aligned to 8 bytes
-    return len(text).to_bytes(8, "little") + text
 
 
 def _declare_dtype(config: Path, dtype: torch.dtype) -> None:

@@ -8,6 +8,7 @@ import torch
 from relex_verl.maths.gram import append_row, delta_gram
 from relex_verl.maths.sketch import lifted_gram
 from relex_verl.maths.window import Window
+from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
 from relex_verl.trajectory.index import TrajectoryError, step_ranges
 from relex_verl.trajectory.kinds import RowCodec
 from relex_verl.trajectory.shards import Placement, TensorShard
@@ -33,6 +34,7 @@ class ShardHistory(NamedTuple):
     placement: Placement
     anchor: torch.Tensor  # (n,) in the kind's dtype: what `Kind.accumulate` starts from
     parts: list[Any]  # the increments; the moments for a sketch
+    dtype: torch.dtype  # in which the base stores the tensor: what a prediction is rounded to
 
 
 def window(trajectory: Trajectory, cut: int | None = None) -> Window:
@@ -86,11 +88,11 @@ def histories(
     trajectory: Trajectory, cut: int | None = None, ranks: Sequence[int] | None = None
 ) -> Iterator[ShardHistory]:
     """Every shard with what is kept of it up to the cut, one at a time."""
-    codec = trajectory.kind.rows
-    for placed, origin, parts in _shards(trajectory, cut, ranks):
+    codec, base = trajectory.kind.rows, trajectory.base()
+    for placed, origin, parts in _shards(trajectory, base, cut, ranks):
         from_last = codec is not None and codec.anchor_is_last
         anchor = _advanced(trajectory.row_codec(), origin, parts) if from_last else origin
-        yield ShardHistory(*placed, anchor, parts)
+        yield ShardHistory(*placed, anchor, parts, base.dtype(placed[0]))
 
 
 def last_states(
@@ -102,15 +104,15 @@ def last_states(
         TrajectoryError: it is a sketch.
     """
     codec = trajectory.row_codec()
-    for placed, origin, parts in _shards(trajectory, cut, ranks):
+    for placed, origin, parts in _shards(trajectory, trajectory.base(), cut, ranks):
         yield TensorShard(*placed, _advanced(codec, origin, parts))
 
 
 def _shards(
-    trajectory: Trajectory, cut: int | None, ranks: Sequence[int] | None
+    trajectory: Trajectory, base: BaseCheckpoint, cut: int | None, ranks: Sequence[int] | None
 ) -> Iterator[tuple[tuple[str, tuple[int, ...], Placement], torch.Tensor, list[Any]]]:
     """Name, shape and placement; theta_0; parts."""
-    steps, base, kind = trajectory.steps_until(cut), trajectory.base(), trajectory.kind
+    steps, kind = trajectory.steps_until(cut), trajectory.kind
     for rank in range(trajectory.index.world_size) if ranks is None else ranks:
         placements = trajectory.placements(rank)
         packed = [trajectory.stored(rank, step) for step in (steps if kind.keeps_rows else steps[-1:])]

@@ -106,8 +106,8 @@ def test_groups_that_start_elsewhere_change_next_to_nothing(base: Path, tmp_path
     """A small tensor over two ranks: the second one's groups of 64 are not those of the whole tensor."""
     generator = torch.Generator().manual_seed(0)
     weights = {
-        "a.weight": torch.randn(96, 5, generator=generator),
-        "b.weight": torch.randn(256, 256, generator=generator),
+        "a.weight": torch.randn(96, 5, generator=generator).bfloat16(),
+        "b.weight": torch.randn(256, 256, generator=generator).bfloat16(),
     }
     odd = tmp_path / "odd"
     odd.mkdir()

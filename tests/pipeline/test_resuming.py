@@ -7,6 +7,7 @@ import pytest
 import torch
 from fakes import DriftingModel, RankSource
 from pipeline import PREDICTION, RUN, STEPS, predicted, train, weights_of
+from safetensors.torch import save_file
 
 from relex_verl.pipeline.observer import Observer
 from relex_verl.pipeline.prediction import extrapolate
@@ -75,6 +76,15 @@ def test_engine_tensors_unknown_to_the_base_are_refused(base: Path, tmp_path: Pa
     name = next(iter(weights))
     with pytest.raises(ValueError, match="has shape"):
         observer.start(RankSource({**weights, name: torch.zeros(3, 3)}))
+
+
+def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    weights = {"a.weight": torch.ones(3, 3), "a.scale": torch.ones(1)}
+    save_file(weights | {"a.weight": torch.ones(3, 3).to(torch.float8_e4m3fn)}, tmp_path / "base" / "model.safetensors")
+    observer = Observer(tmp_path, str(tmp_path / "base"), {}, RUN, KINDS["bf16"])
+    with pytest.raises(ValueError, match=r"a\.weight is stored as F8_E4M3 .* give a base that is not quantised"):
+        observer.start(RankSource(weights))
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp32-int8", "sketch-4"])

@@ -18,9 +18,10 @@ def test_memory_is_state_and_rows_of_a_rank_and_the_gram_matrices() -> None:
     assert workload("fp32-none", 10, tensors=7).memory(1000) == 1000 * (4 + 10 * 4) + 2 * 7 * 10**2 * 8
 
 
-def test_disk_is_the_rows_and_two_bytes_a_predicted_weight() -> None:
+def test_disk_is_the_rows_and_the_bytes_of_the_base_or_two_a_predicted_weight() -> None:
     kept = workload("fp32-none", 10, tensors=7, predictions=3)
     assert (kept.trajectory(4000), kept.predicted(4000)) == (4000 * 10 * 4, 3 * 4000 * 2)
+    assert replace(kept, checkpoint=9000).predicted(4000) == 3 * 9000
     assert predictions_to_write(3) == 4
 
 

@@ -39,11 +39,10 @@ def test_layout_is_that_of_the_base(base, tmp_path):
     again = BaseCheckpoint(folder)
     assert list(again.entries) == list(base.entries)
     for name, entry in again.entries.items():
-        assert (entry.file, entry.shape) == (base.entries[name].file, base.entries[name].shape)
-        assert entry.dtype == "BF16"
+        assert entry == base.entries[name]
     index = json.loads((folder / INDEX_NAME).read_text())
     assert index["weight_map"] == {name: entry.file for name, entry in base.entries.items()}
-    assert index["metadata"]["total_size"] == writer.nbytes == sum(2 * value.numel() for value in values.values())
+    assert index["metadata"]["total_size"] == writer.nbytes == sum(4 * value.numel() for value in values.values())
     assert (folder / "vocab.txt").read_text() == "a b c"
     assert not (folder / "pytorch_model.bin").exists()
     assert not (folder / "relex.json").exists()
@@ -69,18 +68,40 @@ def test_pieces_in_any_order_equal_the_whole(base, tmp_path, seed):
 
 def test_shards_are_rounded_to_the_type_of_the_file(base, tmp_path):
     values = {EMBEDDING: new_values(base, dtype=torch.float32)[EMBEDDING]}
-    folder = write_whole(base, tmp_path / "out", values)
+    folder = write_whole(base, tmp_path / "out", values, dtype=torch.bfloat16)
     assert torch.equal(BaseCheckpoint(folder).read(EMBEDDING), values[EMBEDDING].bfloat16())
 
 
 def test_tensors_that_are_not_observed_keep_every_bit_and_their_type(base, tmp_path):
     observed = {EMBEDDING: new_values(base)[EMBEDDING]}
-    folder = write_whole(base, tmp_path / "out", observed)
+    folder = write_whole(base, tmp_path / "out", observed, dtype=torch.bfloat16)
     again = BaseCheckpoint(folder)
     for name, entry in again.entries.items():
         expected = observed.get(name, base.read(name))
         assert entry.dtype == ("BF16" if name in observed else "F32")
         assert torch.equal(again.read(name), expected)
+
+
+STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("followed", [torch.float32, torch.bfloat16])
+def test_each_tensor_keeps_the_type_of_the_base_and_what_never_moved_its_bits(tmp_path, followed):
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.randn(50, dtype=torch.float64, generator=generator).to(dtype) for name, dtype in STORED.items()
+    }
+    (tmp_path / "base").mkdir()
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    seen = {name: tensor.to(followed) for name, tensor in tensors.items()}
+    for tensor in seen.values():
+        tensor[::2] += 1
+    base = BaseCheckpoint(tmp_path / "base")
+    again = load_file(write_whole(base, tmp_path / "out", seen, followed=followed) / "model.safetensors")
+    for name, tensor in tensors.items():
+        assert again[name].dtype == tensor.dtype
+        assert torch.equal(again[name][::2], seen[name][::2].to(tensor.dtype))
+        assert torch.equal(again[name][1::2], tensor[1::2])
 
 
 def test_a_tied_name_in_the_files_gets_its_elements_too(base, tmp_path):
@@ -116,7 +137,7 @@ def test_one_file_of_many_types_scalars_and_empty_tensors(tmp_path):
     (tmp_path / "base").mkdir()
     save_file(tensors, tmp_path / "base" / "model.safetensors")
     observed = {name: torch.full(tensors[name].shape, 7.0).bfloat16() for name in ("odd", "scalar", "empty")}
-    folder = write_whole(BaseCheckpoint(tmp_path / "base"), tmp_path / "out", observed)
+    folder = write_whole(BaseCheckpoint(tmp_path / "base"), tmp_path / "out", observed, dtype=torch.bfloat16)
     assert [path.name for path in folder.iterdir()] == ["model.safetensors"]
     again = load_file(folder / "model.safetensors")
     assert set(again) == set(tensors)

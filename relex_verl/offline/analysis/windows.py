@@ -63,7 +63,7 @@ def spread(x: float, values: Sequence[float] | torch.Tensor, middle: str = "medi
 
 
 def reconstruct(trajectory: Trajectory, step: int, rank: int, cut: int | None = None) -> Iterator[TensorShard]:
-    """Rank-r reconstruction of an observed step: theta_0 + (U_r U_r^T M)_step (paper, Algorithm 1), in bfloat16.
+    """Rank-r reconstruction of an observed step: theta_0 + (U_r U_r^T M)_step (paper, Algorithm 1), in the base's types.
 
     From a sketch: of the row as its polynomial gives it.
 

@@ -161,7 +161,7 @@ def transformer_tensors(
         settings: the defaults when None.
 
     Yields:
-        Every shard, bfloat16, computed in float64.
+        Every shard, in the base's types, computed in float64.
 
     Raises:
         TrajectoryError: too few steps up to the cut.

@@ -84,7 +84,7 @@ def weight_extrapolation(
         copy_norms: as the authors' code does, keep the last observed values of norm layers.
 
     Yields:
-        Every shard, bfloat16, computed in float64.
+        Every shard, in the base's types, computed in float64.
 
     Raises:
         ValueError: `first` is not before the last observed step.

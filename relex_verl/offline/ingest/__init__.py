@@ -94,10 +94,13 @@ class Options:
             )
         if begun is not None:
             return begun
+        checkout = _checkout(checkpoint)
         if trajectory == "auto":
-            trajectory = "bf16" if layout.exact_in_bf16 else "fp32"
+            # The only exact checkouts are those of bf16; what they hold beyond it is the base's.
+            exact = layout.exact_in_bf16 or (checkout is not None and checkout.max_error == 0)
+            trajectory = "bf16" if exact else "fp32"
         if quantization == "auto":
-            quantization = "none" if _is_checkout(checkpoint) else "int8"
+            quantization = "none" if checkout is not None else "int8"
         return kind_of(trajectory, quantization)
 
     def allow(self, kind: Kind) -> bool:
@@ -225,13 +228,12 @@ def _common_layout(
     return layout
 
 
-def _is_checkout(folder: Path) -> bool:
-    """Whether `relex-verl checkout` wrote it: it alone says how far off its weights can be."""
+def _checkout(folder: Path) -> Checkout | None:
+    """What `relex-verl checkout` says of what it wrote, if it did: it alone says how far off its weights can be."""
     try:
-        Checkout.read(folder / "relex.json")
+        return Checkout.read(folder / "relex.json")
     except (OSError, RecordError):
-        return False
-    return True
+        return None
 
 
 def _begun(out: Path, base_model: str, source: str, options: Options) -> Trajectory | None:
