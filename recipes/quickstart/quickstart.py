@@ -46,6 +46,10 @@ def main(
     ] = None,
     ranks: Annotated[int, typer.Option(help="Training processes.", min=1, max=2)] = 1,
     strategy: Annotated[str, typer.Option(help="fsdp or fsdp2.")] = "fsdp",
+    rollout: Annotated[
+        str,
+        typer.Option(help="cpu, a small one of the recipe's own, or vllm: verl's own, in an environment of its own."),
+    ] = "cpu",
     full: Annotated[bool, typer.Option("--full", help="Train on after the cut, to compare.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for everything the run writes. (outputs/quickstart-TIME)")
@@ -63,17 +67,20 @@ def main(
         raise typer.BadParameter(str(error)) from None
     if strategy not in ("fsdp", "fsdp2"):
         raise typer.BadParameter(f"--strategy {strategy}: give fsdp or fsdp2")
+    if rollout not in training.ROLLOUTS:
+        raise typer.BadParameter(f"--rollout {rollout}: give {' or '.join(training.ROLLOUTS)}")
     out = (out or ROOT / "outputs" / f"quickstart-{datetime.now():%Y%m%d-%H%M%S}").absolute()
     resuming = any(text.lstrip("+").startswith("trainer.resume_mode=") for text in extra)
     if training.metrics_file(out).exists() and not resuming:
         raise typer.BadParameter(f"--out {out} holds another run: give another folder, or delete that one")
     command = [sys.executable, "-m", "verl.trainer.main_ppo"]
-    command += training.overrides(schedule, BASE_MODEL, data.files(out / "data"), out, ranks, strategy) + extra
+    command += training.overrides(schedule, BASE_MODEL, data.files(out / "data"), out, ranks, strategy, rollout) + extra
+    environment = training.environment(out, rollout)
     if dry_run:
-        typer.echo(_for_a_shell(command, training.environment(out)))
+        typer.echo(_for_a_shell(command, environment))
         return
     try:
-        _run(command, schedule, out)
+        _run(command, environment, schedule, out)
     except PhaseFailed as failure:
         console.print(escape(failure.tail()), highlight=False)
         console.print(f"[red]{failure}[/red]; all of it: {failure.log}", highlight=False)
@@ -88,7 +95,7 @@ def _for_a_shell(command: list[str], environment: dict[str, str]) -> str:
     return shlex.join(words + command)
 
 
-def _run(command: list[str], schedule: Schedule, out: Path) -> None:
+def _run(command: list[str], environment: dict[str, str], schedule: Schedule, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     predicted = ", ".join(map(str, schedule.targets))
     console.print(
@@ -97,7 +104,7 @@ def _run(command: list[str], schedule: Schedule, out: Path) -> None:
     console.print(f"What the frameworks print goes to {out / 'logs'}", highlight=False)
     _build_base_model(out)
     _, validation_file = data.write(out / "data")
-    _train(command, schedule, out)
+    _train(command, environment, schedule, out)
     _report(schedule, out, validation_file)
 
 
@@ -117,10 +124,10 @@ def _build_base_model(out: Path) -> None:
         run_logged(command, log, training.environment(out), show)
 
 
-def _train(command: list[str], schedule: Schedule, out: Path) -> None:
+def _train(command: list[str], environment: dict[str, str], schedule: Schedule, out: Path) -> None:
     with phase(console, "Training with verl") as current:
         log = out / "logs" / "training.log"
-        run_logged(command, log, training.environment(out), lambda: _show_training(current, schedule, out))
+        run_logged(command, log, environment, lambda: _show_training(current, schedule, out))
 
 
 def _show_training(current: Phase, schedule: Schedule, out: Path) -> None:

@@ -3,5 +3,10 @@
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
-bash "$root/recipes/install.sh"
-exec "$root/.venv/bin/python" "$root/recipes/quickstart/quickstart.py" "$@"
+rollout=cpu venv=.venv
+options=" $* "
+case "${options%% -- *} " in # what follows -- is verl's
+    *" --rollout vllm "* | *" --rollout=vllm "*) rollout=vllm venv=.venv-vllm ;;
+esac
+bash "$root/recipes/install.sh" --rollout "$rollout"
+exec "$root/$venv/bin/python" "$root/recipes/quickstart/quickstart.py" "$@"

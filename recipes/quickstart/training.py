@@ -16,11 +16,20 @@ SCORE_METRIC = f"val-core/{DATA_SOURCE}/acc/mean@1"
 REWARD_METRIC = "critic/score/mean"
 
 
-def environment(out: Path) -> dict[str, str]:
+ROLLOUTS = ("cpu", "vllm")
+
+
+def environment(out: Path, rollout: str = "cpu") -> dict[str, str]:
     """The environment of all subprocesses, which lets verl run on a CPU; what the user has set already stays."""
     env = dict(os.environ)
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(RECIPE), env.get("PYTHONPATH", "")]))
-    env["VERL_USE_EXTERNAL_MODULES"] = "verl_cpu"
+    paths, modules = [RECIPE], ["verl_cpu"]
+    if rollout == "vllm":
+        paths.append(RECIPE / "verl_cpu_vllm" / "metadata")
+        modules.append("verl_cpu_vllm")
+        env.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer computes on the same cores
+        env.setdefault("VLLM_NO_USAGE_STATS", "1")
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [*map(str, paths), env.get("PYTHONPATH", "")]))
+    env["VERL_USE_EXTERNAL_MODULES"] = ",".join(modules)
     env["VERL_PLATFORM"] = "cpu"
     env["VERL_FILE_LOGGER_PATH"] = str(metrics_file(out))
     env.pop("CUDA_VISIBLE_DEVICES", None)  # if empty, Ray would refuse the logical GPUs that the ranks take
@@ -45,12 +54,19 @@ def metrics_file(out: Path) -> Path:
 
 
 def overrides(
-    schedule: Schedule, model: Path, data: tuple[Path, Path], out: Path, ranks: int, strategy: str
+    schedule: Schedule,
+    model: Path,
+    data: tuple[Path, Path],
+    out: Path,
+    ranks: int,
+    strategy: str,
+    rollout: str = "cpu",
 ) -> list[str]:
     """A GRPO run like any user's, the CPU's needs, and RELEX."""
     return [
         *_grpo(model, data, out, schedule, strategy),
         *_cpu(out, ranks),
+        *(_vllm() if rollout == "vllm" else ()),
         "+relex=default",
         f"relex.output_dir={out / 'relex'}",
         f"relex.t_cut={schedule.cut}",
@@ -118,6 +134,20 @@ def _cpu(out: Path, ranks: int) -> list[str]:
         "data.dataloader_num_workers=0",
         "transfer_queue.backend.SimpleStorage.num_data_storage_units=1",
         f"hydra.run.dir={out / 'hydra'}",
+    ]
+
+
+def _vllm() -> list[str]:
+    """What verl's own vLLM rollout needs on a CPU, for a model of a few megabytes, in place of the small one."""
+    rollout = "actor_rollout_ref.rollout"
+    return [
+        f"{rollout}.name=vllm",
+        f"{rollout}.enforce_eager=True",
+        f"+{rollout}.enable_sleep_mode=False",  # vLLM's allocator is CUDA's; verl_cpu_vllm puts it to sleep
+        f"{rollout}.max_num_seqs=128",
+        f"{rollout}.calculate_log_probs=True",  # verl compares them with the trainer's: rollout_probs_diff_mean
+        f"{rollout}.checkpoint_engine.update_weights_bucket_megabytes=16",
+        f"+{rollout}.engine_kwargs.vllm.kv_cache_memory_bytes={2**26}",
     ]
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
-import transfer_queue as tq
 from omegaconf import DictConfig, open_dict
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1 import PPOTrainerColocateAsync, PPOTrainerSeparateAsync, PPOTrainerSync, register_trainer
@@ -15,6 +14,7 @@ from verl.utils.debug import marked_timer
 from relex_verl.run.callback import RelexCallback
 from relex_verl.run.protocol import Weights
 from relex_verl.run.validation import Validation
+from relex_verl.verl_plugin import leftovers
 from relex_verl.verl_plugin.probe import Probe, deadline, same_random_state
 from relex_verl.verl_plugin.rows import WatchedRows
 from relex_verl.verl_plugin.settings import checked_config, run_facts
@@ -22,7 +22,9 @@ from relex_verl.verl_plugin.worker import RelexActorWorker, RelexDetachActorWork
 
 __all__ = ["RelexColocateAsync", "RelexSeparateAsync", "RelexSync"]
 
-DRAIN_POLL_SECONDS = 0.2
+# What a given-up validation leaves is waited for so long: after its requests were aborted only rewards and further turns
+# of conversations are under way. verl's own validation waits, too, and training with it.
+SETTLE_SECONDS = 60.0
 
 
 class _RelexTrainerMixin:
@@ -50,6 +52,7 @@ class _RelexTrainerMixin:
     def __init__(self, config: DictConfig) -> None:
         self.relex = RelexCallback(checked_config(config), run_facts(config))
         self._relex_probe: Probe | None = None
+        self._relex_lost: set[str] = set()  # prompts of given-up validations that were waited for in vain
         self._relex_saved_step = 0  # step of the last checkpoint, this run's or the one that it resumed from
         with open_dict(config):
             config.trainer.v1.trainer_mode = self.verl_mode
@@ -152,7 +155,7 @@ class _RelexTrainerMixin:
         """Give the rollout the actor's weights back, whatever a validation left behind."""
         self.relex.substitute(None)
         self._relex_sleep()
-        self._relex_forget_answers()
+        leftovers.clear_settled()
         self._relex_wake()
 
     def relex_end_training(self) -> None:
@@ -167,8 +170,10 @@ class _RelexTrainerMixin:
             self._relex_wake()  # verl may validate this step
 
     def _validate(self) -> dict[str, float]:
-        self._relex_forget_answers()
-        metrics: dict[str, float] = super()._validate()  # type: ignore[misc]
+        # verl's own, too: it takes as many answers as it has asked for, whoever asked.
+        self._relex_lost = leftovers.settle(SETTLE_SECONDS, self._relex_lost)
+        with leftovers.left_out(self.replay_buffer, self._relex_lost):
+            metrics: dict[str, float] = super()._validate()  # type: ignore[misc]
         return metrics
 
     def _maybe_log_val_generations(self, inputs: list[str], outputs: list[str], scores: list[float]) -> None:
@@ -194,20 +199,11 @@ class _RelexTrainerMixin:
             data_sources, sample_uids, infos, sample_turns, expected_acc_counts=expected_acc_counts
         )
 
-    def _relex_forget_answers(self) -> None:
-        """Empty verl's queue of validations: a given-up one leaves prompts there, and its answers may come long after."""
-        left = (tq.kv_list("val") or {}).get("val", {})
-        if left:
-            tq.kv_clear(keys=list(left), partition_id="val")
-
     def _relex_drain(self, check: Callable[[], None]) -> None:
         """Wait until no training prompt is being generated: none may be answered by other weights than the policy's."""
-        while True:
-            tags = (tq.kv_list("train") or {}).get("train", {}).values()
-            if not any(tag.get("is_prompt") and tag.get("status") in ("pending", "running") for tag in tags):
-                return
+        while leftovers.being_answered("train"):
             check()
-            time.sleep(DRAIN_POLL_SECONDS)
+            time.sleep(leftovers.POLL_SECONDS)
 
     def _relex_sleep(self) -> None:
         """Abort what the rollout generates and put it to sleep, as verl does before it trains with partial rollouts."""

@@ -3,7 +3,9 @@
 - FAULT=module:name raises from what it names.
 - FAULT_SCORING changes what happens while RELEX validates, and only then, after the first FAULT_AFTER validations: "hang"
   keeps every answer back, "raise" fails in every reward, "flatter" gives every answer of a prediction the full reward,
-  whatever the model said. FAULT_MARKER is the file by which the driver tells the other processes that it is so far.
+  whatever the model said, "nan" makes every predicted weight one, "kill" kills vLLM's engine. FAULT_MARKER is the file by
+  which the driver tells the other processes that it is so far.
+- FAULT_UNRESTORED=step leaves the rollout with the weights that were scored last after the cut at that step.
 """
 
 import asyncio
@@ -12,6 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import wrapt
 
 MARKER = Path(os.environ.get("FAULT_MARKER", "/nonexistent"))
@@ -37,15 +40,49 @@ def _mark_validations(trainer: Any) -> None:
     def marked(self: Any, weights: Any, *args: Any) -> Any:
         begun.append(weights)
         if len(begun) > int(os.environ.get("FAULT_AFTER", "0")) and not (
-            SCORING == "flatter" and weights == "observed"
+            SCORING in ("flatter", "nan") and weights == "observed"
         ):
             MARKER.touch()
+            if SCORING == "kill":
+                _kill_engines()
         try:
             return validate(self, weights, *args)
         finally:
             MARKER.unlink(missing_ok=True)
 
     trainer._RelexTrainerMixin.relex_validate = marked
+
+
+def _kill_engines() -> None:
+    """Of this run: Ray starts all of its processes from one that is this one's parent, too."""
+    engines = [one for one in psutil.Process().parent().children(recursive=True) if one.name().startswith("VLLM")]
+    assert engines
+    for engine in engines:
+        engine.kill()
+
+
+def _leave_unrestored(trainer: Any) -> None:
+    """In the driver."""
+    restore = trainer._RelexTrainerMixin.relex_restore
+
+    def unrestored(self: Any) -> None:
+        if self.global_steps == int(os.environ["FAULT_UNRESTORED"]):
+            self.relex.substitute(None)
+        else:
+            restore(self)
+
+    trainer._RelexTrainerMixin.relex_restore = unrestored
+
+
+def _spoil_predictions(rank: Any) -> None:
+    """On the ranks: what is sent to the rollout while the marker is there."""
+    export = rank.RelexRank.export
+
+    def spoiled(self: Any, weights: Any, device: Any) -> Any:
+        spoil = MARKER.exists()
+        return ((name, tensor * float("nan") if spoil else tensor) for name, tensor in export(self, weights, device))
+
+    rank.RelexRank.export = spoiled
 
 
 def _disturb_answers(agent_loop: Any) -> None:
@@ -71,3 +108,7 @@ if "FAULT" in os.environ:
 if SCORING:
     wrapt.register_post_import_hook(_mark_validations, "relex_verl.verl_plugin.trainer")
     wrapt.register_post_import_hook(_disturb_answers, "verl_cpu.agent_loop")
+if SCORING == "nan":
+    wrapt.register_post_import_hook(_spoil_predictions, "relex_verl.run.rank")
+if "FAULT_UNRESTORED" in os.environ:
+    wrapt.register_post_import_hook(_leave_unrestored, "relex_verl.verl_plugin.trainer")

@@ -99,6 +99,7 @@ def command(
     relex: Sequence[str] | None = (),
     extra: Sequence[str] = (),
     option: str = "default",
+    rollout: str = "cpu",
 ) -> list[str]:
     """The command line of a small run; `relex=None` leaves RELEX out, `option` chooses the mode."""
     base_model.build(BASE)
@@ -106,7 +107,7 @@ def command(
     schedule = Schedule(steps, steps, (2 * steps,), full=True)
     plain = [
         one
-        for one in training.overrides(schedule, BASE, files, out, ranks, strategy)
+        for one in training.overrides(schedule, BASE, files, out, ranks, strategy, rollout)
         if not one.startswith(("+relex", "relex."))
     ]
     small = [
@@ -125,9 +126,9 @@ def command(
     return [sys.executable, "-m", "verl.trainer.main_ppo", *plain, *small, *ours, *extra]
 
 
-def environment(out: Path, **more: str) -> dict[str, str]:
+def environment(out: Path, rollout: str = "cpu", **more: str) -> dict[str, str]:
     """The quickstart's environment, with this folder's modules importable in every worker."""
-    env = training.environment(out)
+    env = training.environment(out, rollout)
     env["PYTHONPATH"] = os.pathsep.join([str(HERE), env["PYTHONPATH"]])
     (out / "wandb").mkdir(parents=True, exist_ok=True)
     return {**env, **more}
@@ -141,7 +142,7 @@ def run(out: Path, steps: int, env: dict[str, str] | None = None, timeout: int =
         done = subprocess.run(
             line,
             cwd=out,
-            env=environment(out, **(env or {})),
+            env=environment(out, options.get("rollout", "cpu"), **(env or {})),
             stdout=log,
             stderr=subprocess.STDOUT,
             timeout=timeout,

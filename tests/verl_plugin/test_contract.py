@@ -28,6 +28,7 @@ PLUGIN = Path(relex_verl.verl_plugin.__file__).parent
 SOURCES = {path.name: path.read_text() for path in sorted(PLUGIN.glob("*.py"))}
 HOSTS = {"verl", "ray", "transfer_queue", "hydra"}
 TRAINERS = "verl.trainer.ppo.v1"
+BUFFER = f"{TRAINERS}.replay_buffer:ReplayBuffer"
 MANAGER = "verl.checkpoint_engine:CheckpointEngineManager"
 ENGINE = "verl.workers.engine.fsdp:FSDPEngine"
 TRACKING = "verl.utils.tracking:Tracking"
@@ -50,7 +51,8 @@ OBJECTS = {
         "spec": f"{SPEC}:ShardSpec",
         "place": f"{SPEC}:BlockPlacement",
     },
-    "probe.py": {"buffer": f"{TRAINERS}.replay_buffer:ReplayBuffer"},
+    "leftovers.py": {"buffer": BUFFER},
+    "probe.py": {"buffer": BUFFER},
     "registration.py": {
         "config_store": "hydra.core.config_store",
         "config_store.ConfigStore": STORE,
@@ -110,7 +112,14 @@ CONTRACT: dict[str, dict[str, str]] = {
     },
     f"{TRAINERS}.trainer_separate_async": {"HybridEngineMode": ATTRIBUTE},
     f"{TRAINERS}.trainer_separate_async:HybridEngineMode": {"ROLLOUT": ATTRIBUTE},
-    f"{TRAINERS}.replay_buffer:ReplayBuffer": {"_wait_for_next_poll": "(self, partition_id, last_debug_time)"},
+    BUFFER: {
+        "_sync_metadata_from_transfer_queue": "(self)",
+        "_wait_for_next_poll": "(self, partition_id, last_debug_time)",
+        "failure_keys": ATTRIBUTE,
+        "finished_keys": ATTRIBUTE,
+        "pending_keys": ATTRIBUTE,
+        "running_keys": ATTRIBUTE,
+    },
     "verl.trainer.ppo.utils": {"Role": ATTRIBUTE},
     "verl.trainer.ppo.utils:Role": {"Actor": ATTRIBUTE, "ActorRollout": ATTRIBUTE, "ActorRolloutRef": ATTRIBUTE},
     MANAGER: {

@@ -1,8 +1,8 @@
 """The trainers' hooks on verl's own classes, with stand-ins below them: what happens to the rollout, and in which order.
 
-Each trainer is made as verl makes it, from a composed configuration; what verl's `init` would start (Ray's workers, the
-TransferQueue, replicas that generate) cannot exist here, and neither can verl's methods that need it: `_validate` and
-`_save_checkpoint` of verl's base class are replaced. The same with verl's real trainer: tests/integration.
+Each trainer is made as verl makes it, from a composed configuration; what verl's `init` would start is not there, and so
+`_validate` and `_save_checkpoint` of verl's base class are replaced. With the real queue: test_leftovers.py. The same with
+verl's real trainer: tests/integration.
 """
 
 from pathlib import Path
@@ -10,33 +10,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from verl.trainer.ppo.v1 import PPOTrainer, get_trainer_cls
+from trainers import trainer
+from verl.trainer.ppo.v1 import PPOTrainer
 from verl.trainer.ppo.v1.trainer_separate_async import HybridEngineMode
-from verl_config import composed
 
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.run.ranks import RelexError
 from relex_verl.run.validation import ValidationTimeout
-from relex_verl.verl_plugin import trainer as plugin
+from relex_verl.verl_plugin import leftovers
 
 PREDICTION = Prediction("relex", 20)
 METRIC = "val-core/sums/acc/mean@1"
-
-
-class Replicas:
-    """verl's checkpoint manager: writes down what it is asked for, and fails where it is told to."""
-
-    def __init__(self, name: str, log: list[str]) -> None:
-        self.name, self.log, self.fails = name, log, ""
-
-    def __getattr__(self, method: str) -> Any:
-        def call(*args: Any, **kwargs: Any) -> dict:
-            self.log.append(f"{self.name}{method.removesuffix('_replicas')}")
-            if method == self.fails:
-                raise OSError("a replica is gone")
-            return {"sync": 1.0} if method == "update_weights" else {}
-
-        return call
 
 
 class Queue:
@@ -68,20 +52,9 @@ def log() -> list[str]:
 @pytest.fixture
 def queue(log: list[str], monkeypatch: pytest.MonkeyPatch) -> Queue:
     queue = Queue(log)
-    monkeypatch.setattr(plugin, "tq", queue)
-    monkeypatch.setattr(plugin, "DRAIN_POLL_SECONDS", 0.001)
+    monkeypatch.setattr(leftovers, "tq", queue)
+    monkeypatch.setattr(leftovers, "POLL_SECONDS", 0.001)
     return queue
-
-
-# What verl's separate_async demands of a configuration.
-SEPARATE = [
-    "data.train_batch_size=8",
-    "actor_rollout_ref.actor.ppo_mini_batch_size=8",
-    "trainer.v1.separate_async.parameter_sync_step=1",
-    "actor_rollout_ref.rollout.nnodes=1",
-    "actor_rollout_ref.rollout.n_gpus_per_node=1",
-    "actor_rollout_ref.rollout.checkpoint_engine.backend=nccl",
-]
 
 
 @pytest.fixture(params=["default", "colocate_async", "separate_async"])
@@ -89,13 +62,7 @@ def host(
     request: pytest.FixtureRequest, base: Path, log: list[str], queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> Any:
     """A trainer of each mode after step 4; nothing of verl below its hooks is started."""
-    model = [f"actor_rollout_ref.model.path={base}", "algorithm.adv_estimator=grpo"]
-    model += ["trainer.v1.colocate_async.num_warmup_batches=0", "trainer.v1.separate_async.num_warmup_batches=0"]
-    config = composed(*model, *(SEPARATE if request.param == "separate_async" else []), relex=request.param)
-    host: Any = get_trainer_cls(config.trainer.v1.trainer_mode)(config)
-
-    def substitute(weights: Any) -> None:
-        log.append(f"send {weights if weights is None or isinstance(weights, str) else weights.folder_name}")
+    host = trainer(request.param, base, log)
 
     def validate() -> dict[str, float]:
         log.append("validate")
@@ -104,19 +71,7 @@ def host(
         host._dump_generations([], [], [], [], {}, "nowhere")
         return host._val_metrics_update(["sums"], ["u"], {"acc": [1.0]}, [2], expected_acc_counts={("sums", "u"): 1})
 
-    host.relex = SimpleNamespace(
-        substitute=substitute, on_save=lambda step: log.append(f"on_save {step}"), wants_scores=False
-    )
-    host.global_steps, host.total_training_steps = 4, 20
-    host.checkpoint_manager = Replicas("", log)
-    host.standalone_checkpoint_manager = Replicas("standalone ", log)
-    host.val_dataset = [{"data_source": "sums"}]
-    host.val_dataloader = [{"raw_prompt": [[{"role": "user", "content": "1+1="}]]}]
-    host.current_mode = HybridEngineMode.TRAINER
-    host.timing_raw = {}
-    host.prev_step_profile = False
     host._validate = validate
-    host.add_replicas_to_balancer = host.remove_replicas_from_balancer = lambda: None
     monkeypatch.setattr(PPOTrainer, "_save_checkpoint", lambda self: log.append("save"))
     return host
 
@@ -178,7 +133,7 @@ def test_whatever_fails_the_policys_weights_come_back(host: Any, log: list[str],
         host.relex_validate(PREDICTION, METRIC, 60.0)
     assert log[-1] == "send None"
     manager.fails = ""
-    queue.tags["val"] = {"u": {"is_prompt": True, "status": "running"}, "u_0_0": {}}
+    queue.tags["val"] = {"u": {"is_prompt": True, "status": "finished"}, "u_0_0": {}}
     log.clear()
     host.relex_restore()
     assert log[0] == "send None"
@@ -271,7 +226,6 @@ def test_metrics_of_the_scoring_join_those_of_verls_own_synchronisation(host: An
 def test_late_answers_of_a_given_up_validation_are_gone_before_the_next(
     host: Any, log: list[str], queue: Queue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They come without the mark of a prompt, which not every sampler expects."""
     del host._validate
     monkeypatch.setattr(PPOTrainer, "_validate", lambda self: log.append("validate") or {METRIC: 0.5})
     queue.tags["val"] = {"u": {"status": "finished"}, "u_0_0": {"status": "success"}}

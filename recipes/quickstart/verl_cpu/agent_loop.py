@@ -24,6 +24,8 @@ class SeededSingleTurnAgentLoop(AgentLoopBase):
         seed = _seed(
             self.rollout_config.seed, int(kwargs["global_steps"]), int(kwargs["index"]), int(kwargs["session_id"])
         )
+        if self.rollout_config.name == "vllm":
+            seed >>= 1  # a signed integer there
         prompt_ids = self._cap_text_prompt_length(self._tokenize(kwargs["raw_prompt"]))
         metrics: dict[str, Any] = {}
         with simple_timer("generate_sequences", metrics):
