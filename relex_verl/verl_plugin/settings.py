@@ -5,15 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from relex_verl.run.config import ConfigError, RelexConfig
+from relex_verl.run.config import RelexConfig
+from relex_verl.verl_plugin import base_files, refusals
+from relex_verl.verl_plugin.refusals import MODES
 
 if TYPE_CHECKING:
     from relex_verl.run.protocol import RunFacts
 
 __all__ = ["MODES", "checked_config", "option_node", "run_facts"]
-
-# Hydra option -> verl's trainer mode. The RELEX trainer of a mode is registered as "relex_<mode>".
-MODES = {"default": "sync", "colocate_async": "colocate_async", "separate_async": "separate_async"}
 
 
 def option_node(mode: str) -> dict[str, Any]:
@@ -25,30 +24,20 @@ def option_node(mode: str) -> dict[str, Any]:
     return {
         "relex": asdict(RelexConfig()),
         "trainer": {"v1": {"trainer_mode": f"relex_{mode}"}},
-        # Hydra calls it in the driver before verl's main: mistakes are refused before Ray starts.
+        # Hydra calls it in the driver before the main: mistakes are refused before Ray starts.
         "hydra": {"callbacks": {"relex": {"_target_": "relex_verl.verl_plugin.early_check.EarlyCheck"}}},
     }
 
 
 def checked_config(config: DictConfig) -> RelexConfig:
-    """The `relex` node, checked together with the verl keys that it depends on.
+    """The `relex` node, checked together with verl's own keys and with the base model's files.
 
     Raises:
-        ConfigError: a value that cannot work.
+        ConfigError: a value that cannot work, or a run that RELEX cannot follow.
     """
     relex = RelexConfig.from_mapping(OmegaConf.to_container(config.relex, resolve=True))  # type: ignore[arg-type]
-    if not config.trainer.use_v1:
-        raise ConfigError("trainer.use_v1", False, "RELEX extends verl's v1 trainer: set trainer.use_v1=true")
-    mode = str(config.trainer.v1.trainer_mode)
-    if not mode.startswith("relex_"):
-        options = ", ".join(f"+relex={option} ({verl_mode})" for option, verl_mode in MODES.items())
-        raise ConfigError("trainer.v1.trainer_mode", mode, f"this switches RELEX off; choose the mode by {options}")
-    model = config.actor_rollout_ref.model
-    for key in ("lora_rank", "lora.rank", "lora_adapter_path"):
-        value = OmegaConf.select(model, key)
-        if value:
-            cure = "RELEX does not follow LoRA adapters yet: train full weights, or without +relex"
-            raise ConfigError(f"actor_rollout_ref.model.{key}", value, cure)
+    for check in [*refusals.CHECKS, *base_files.CHECKS]:
+        check(config)
     return relex
 
 

@@ -39,6 +39,7 @@ class _RelexTrainerMixin:
     actor_worker: type
     global_steps: int
     total_training_steps: int
+    steps_per_epoch: int
     role_worker_mapping: dict[Role, Any]
     config: DictConfig
     logger: Any
@@ -62,7 +63,9 @@ class _RelexTrainerMixin:
 
     def _init_dataloader(self) -> None:
         super()._init_dataloader()  # type: ignore[misc]
-        self.relex.on_length_known(self.total_training_steps)
+        # verl trains to the end of its epochs, however many steps it was given.
+        by_epochs = self.steps_per_epoch * self.config.trainer.total_epochs
+        self.relex.on_length_known(min(self.total_training_steps, by_epochs))
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()  # type: ignore[misc]

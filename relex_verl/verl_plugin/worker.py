@@ -27,7 +27,6 @@ class _RelexWorkerMixin:
     """The remote methods; `self.actor.engine` is verl's training engine."""
 
     actor: Any
-    config: Any
     _relex: RelexRank
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -72,8 +71,6 @@ class _RelexWorkerMixin:
         vars(engine).pop("get_per_tensor_param", None)
         if weights is None:
             return
-        if self.config.rollout.checkpoint_engine.backend == "delta_sharded":
-            raise NotImplementedError("predictions cannot be sent by checkpoint_engine.backend=delta_sharded")
         self._relex.check(weights)
 
         def export(**_: Any) -> tuple[Iterator[tuple[str, torch.Tensor]], None]:

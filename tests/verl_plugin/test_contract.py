@@ -83,9 +83,11 @@ TRAINER = {
     "_pending_sync_metrics": ATTRIBUTE,
     "actor_rollout_wg": ATTRIBUTE,
     "checkpoint_manager": ATTRIBUTE,
+    "config": ATTRIBUTE,
     "global_steps": ATTRIBUTE,
     "logger": ATTRIBUTE,
     "replay_buffer": ATTRIBUTE,
+    "steps_per_epoch": ATTRIBUTE,
     "role_worker_mapping": ATTRIBUTE,
     "timing_raw": ATTRIBUTE,
     "total_training_steps": ATTRIBUTE,
@@ -98,7 +100,7 @@ SEPARATE = {
     "current_mode": ATTRIBUTE,
     "standalone_checkpoint_manager": ATTRIBUTE,
 }
-WORKER = {"actor": ATTRIBUTE, "config": ATTRIBUTE}
+WORKER = {"actor": ATTRIBUTE}
 CONTRACT: dict[str, dict[str, str]] = {
     # The trainers and what they are made of.
     f"{TRAINERS}:PPOTrainerSync": TRAINER,
@@ -176,22 +178,40 @@ CONTRACT: dict[str, dict[str, str]] = {
         "store": "(self, name, node, group=None, package=None, provider=None)",
     },
     "hydra.experimental.callback": {"Callback": ATTRIBUTE},
-    "hydra.experimental.callback:Callback": {"on_job_start": "(self, config, *, task_function, **kwargs)"},
+    "hydra.experimental.callback:Callback": {
+        "on_job_start": "(self, config, *, task_function, **kwargs)",
+        "on_multirun_start": "(self, config, **kwargs)",
+        "on_run_start": "(self, config, **kwargs)",
+    },
 }
 # Uses outside the plugin's folder, which know nothing of verl: W&B's run is verl's logger["wandb"].
 ELSEWHERE = [(TRACKING, Use("loggers", "logger", None, (), 0), True)]
-# verl's configuration keys that the plugin asks for by a string.
-KEYS = {
-    "trainer.total_training_steps",
+# verl's configuration keys that the plugin asks for by a string, of the engines and of all.
+ENGINE_KEYS = {
+    "fsdp_config.qat.enable",
+    "megatron.qat.enable",
+    "megatron.use_mbridge",
+    "megatron.vanilla_mbridge",
+    "megatron.use_megatron_fsdp",
+    "torchtitan.pipeline_parallel_size",
+    "veomni.qat_implementation",
+}
+KEYS = {f"actor_rollout_ref.actor.{key}" for key in ENGINE_KEYS} | {
+    "actor_rollout_ref.model.hf_config_path",
     "actor_rollout_ref.model.lora_rank",
     "actor_rollout_ref.model.lora.rank",
+    "actor_rollout_ref.model.lora.adapter_path",
     "actor_rollout_ref.model.lora_adapter_path",
 }
 # What a file calls verl's configuration, and the node that it is.
+ACTOR = "actor_rollout_ref.actor."
 ROOTS = {
+    "base_files.py": {"config": "", "model": "actor_rollout_ref.model.", "actor": ACTOR},
+    "early_check.py": {"config": ""},
+    "refusals.py": {"config": "", "trainer": "trainer.", "actor": ACTOR},
+    "run_length.py": {"config": "", "data": "data."},
     "settings.py": {"config": "", "trainer": "trainer."},
     "trainer.py": {"config": ""},
-    "worker.py": {"self.config": "actor_rollout_ref."},
 }
 
 
@@ -250,7 +270,7 @@ def configuration_keys() -> set[str]:
             for root, prefix in roots.items():
                 if (use.owner == root or use.owner.startswith(f"{root}.")) and use.positional is None:
                     keys.add(prefix + f"{use.owner}.{use.name}"[len(root) + 1 :])
-    return {key for key in keys if key.split(".")[0] != "relex"}
+    return {key for key in keys if key.split(".")[0] not in ("relex", "hydra")}
 
 
 SITES = sites()
@@ -308,12 +328,19 @@ def test_every_object_of_verl_that_is_asked_further_is_known() -> None:
 
 
 def test_verl_has_the_configuration_keys() -> None:
+    """Each in the configuration of one engine at least."""
     with initialize_config_dir(str(Path(verl.__file__).parent / "trainer" / "config"), version_base=None):
-        config = compose("ppo_trainer")
+        configs = [
+            compose("ppo_trainer", [f"model_engine={name}"]) for name in ("dp", "megatron", "torchtitan", "veomni")
+        ]
     keys = configuration_keys()
     assert {"trainer.v1.trainer_mode", "actor_rollout_ref.rollout.checkpoint_engine.backend"} <= keys
-    parents = {key: OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else config for key in keys}
-    assert [key for key in sorted(keys) if key.rpartition(".")[2] not in parents[key]] == []
+
+    def there(key: str, config: Any) -> bool:
+        above, _, name = key.rpartition(".")
+        return name in ((OmegaConf.select(config, above) if above else config) or ())
+
+    assert [key for key in sorted(keys) if not any(there(key, config) for config in configs)] == []
 
 
 def test_verl_has_the_modes() -> None:

@@ -5,7 +5,7 @@ from verl_config import composed
 
 from relex_verl.run.config import ConfigError
 from relex_verl.verl_plugin.early_check import EarlyCheck
-from relex_verl.verl_plugin.settings import checked_config
+from relex_verl.verl_plugin.settings import MODES, checked_config
 
 
 @pytest.mark.parametrize(
@@ -17,6 +17,28 @@ def test_options_choose_the_mode(option: str, mode: str) -> None:
     assert config.trainer.v1.trainer_mode == mode
     assert checked_config(config).t_cut == 0.15
     assert config.relex.output_dir == f"{config.trainer.default_local_dir}/relex"
+
+
+@pytest.mark.parametrize("option", MODES)
+def test_verls_name_of_the_chosen_mode_is_taken_for_relexs(option: str) -> None:
+    config = composed(f"trainer.v1.trainer_mode={MODES[option]}", relex=option, hydra=True)
+    EarlyCheck().on_run_start(config, config_name="ppo_trainer")
+    assert config.trainer.v1.trainer_mode == f"relex_{MODES[option]}"
+    EarlyCheck().on_job_start(config)
+
+
+def test_another_mode_than_the_chosen_one_is_not() -> None:
+    config = composed("trainer.v1.trainer_mode=colocate_async", hydra=True)
+    EarlyCheck().on_run_start(config, config_name="ppo_trainer")
+    with pytest.raises(SystemExit, match=r"choose the mode by \+relex=colocate_async"):
+        EarlyCheck().on_job_start(config)
+
+
+def test_a_sweep_goes_on_without_it() -> None:
+    config = composed("trainer.v1.trainer_mode=sync", "trainer.save_freq=1", hydra=True)
+    EarlyCheck().on_multirun_start(config)
+    given = ["+relex=default", "trainer.total_training_steps=100", "trainer.save_freq=1"]
+    assert config.hydra.overrides.task == given
 
 
 def test_without_the_override_nothing_changes() -> None:
@@ -40,9 +62,13 @@ def test_without_the_override_nothing_changes() -> None:
         ("relex.trajectory=fp64", "relex.trajectory", "give one of fp32, bf16"),
         ("relex.on_error=ignore", "relex.on_error", "disable, raise"),
         ("trainer.use_v1=false", "trainer.use_v1", "set trainer.use_v1=true"),
-        ("trainer.v1.trainer_mode=colocate_async", "trainer.v1.trainer_mode", "+relex=colocate_async"),
-        ("actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_rank", "LoRA"),
-        ("actor_rollout_ref.model.lora.rank=8", "actor_rollout_ref.model.lora.rank", "LoRA"),
+        (
+            "trainer.v1.trainer_mode=colocate_async",
+            "trainer.v1.trainer_mode",
+            "choose the mode by +relex=colocate_async",
+        ),
+        ("trainer.v1.trainer_mode=my_own", "trainer.v1.trainer_mode", "would not run in this one"),
+        ("trainer.total_training_steps='100'", "trainer.total_training_steps", "without quotes"),
     ],
 )
 def test_refused_with_key_value_and_cure(override: str, key: str, cure: str) -> None:
@@ -54,6 +80,14 @@ def test_refused_with_key_value_and_cure(override: str, key: str, cure: str) -> 
     assert cure in said
     value = override.split("=", 1)[1].strip("[]")
     assert value.lower() in said.lower()
+
+
+def test_every_exception_refuses() -> None:
+    """Hydra would make a warning of it, and start the run."""
+    config = composed()
+    del config.trainer.v1
+    with pytest.raises(SystemExit, match="the configuration could not be checked, so RELEX does not start: Config"):
+        EarlyCheck().on_job_start(config)
 
 
 def test_the_trainer_checks_as_well() -> None:

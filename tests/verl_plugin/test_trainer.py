@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from datasets import Dataset
 from trainers import trainer
 from verl.trainer.ppo.v1 import PPOTrainer
 from verl.trainer.ppo.v1.trainer_separate_async import HybridEngineMode
@@ -239,3 +240,20 @@ def test_outside_the_scoring_verls_validation_is_verls(host: Any, monkeypatch: p
     monkeypatch.setattr(PPOTrainer, "_dump_generations", lambda self, *_: seen.append("dump"))
     assert host._validate()[METRIC] == 1.0
     assert seen == ["table", "dump"]
+
+
+@pytest.mark.parametrize("host", ["default"], indirect=True)
+@pytest.mark.parametrize(("steps", "length"), [(100, 6), (5, 5)])
+def test_a_run_ends_with_its_epochs_however_many_steps_it_was_given(
+    host: Any, tmp_path: Path, steps: int, length: int
+) -> None:
+    """verl's own dataset and loader: 2 epochs of 25 prompts in batches of 8."""
+    prompts = {"prompt": [[{"role": "user", "content": "1+1="}]] * 25}
+    Dataset.from_dict(prompts).to_parquet(tmp_path / "train.parquet")
+    known: list[int] = []
+    host.relex.on_length_known, host.tokenizer, host.processor = known.append, None, None
+    host.config.data.train_files = host.config.data.val_files = str(tmp_path / "train.parquet")
+    host.config.data.train_batch_size, host.config.trainer.total_epochs = 8, 2
+    host.config.trainer.total_training_steps = steps
+    host._init_dataloader()
+    assert known == [length]
