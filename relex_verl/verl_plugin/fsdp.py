@@ -65,9 +65,9 @@ def _flat_weights(module: torch.nn.Module) -> Iterator[Own]:
         shared = [f"{info.module_name}.{info.param_name}" for info in parameter._shared_param_infos]
         flat |= {_plain(f"{prefix}.{name}") for name in (*parameter._fqns, *shared)}
         for name, shape, part in zip(parameter._fqns, parameter._shapes, parameter._shard_param_infos, strict=True):
-            if part.in_shard:
-                run = local.narrow(0, part.offset_in_shard or 0, part.numel_in_shard or 0)
-                yield _plain(f"{prefix}.{name}"), run, ShardSpec(tuple(shape), place=part.intra_param_start_idx)
+            # One of which this rank holds nothing too: every rank knows all names.
+            run = local.narrow(0, part.offset_in_shard or 0, part.numel_in_shard or 0)
+            yield _plain(f"{prefix}.{name}"), run, ShardSpec(tuple(shape), place=part.intra_param_start_idx or 0)
     for prefix, part in module.named_modules():
         lasting = {name: one for name, one in part._buffers.items() if name not in part._non_persistent_buffers_set}
         for name, tensor in (*part._parameters.items(), *lasting.items()):

@@ -1,8 +1,9 @@
 """verl's sharded weight exporters as a `ShardSource`: one path for every engine that has one.
 
 `engine.get_per_tensor_param_shard()` yields each rank's bf16 shards with a `ShardSpec`. Where the engine's parameter is
-the Hugging Face tensor, the spec's DTensor placement says which block of it a shard is. Everywhere else (Megatron's fused
-projections, expert stacks) the engine's own converter is asked, see `conversion`.
+that of transformers, the spec's DTensor placement says which block of it a shard is, and transformers which tensors of the
+checkpoint it is (`hub_layout`). Everywhere else (Megatron's fused projections) the engine's own converter is asked, see
+`conversion`.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,11 +11,14 @@ from typing import Any
 
 import torch
 
-from relex_verl.trajectory.shards import Placement, TensorShard, block_placement
+from relex_verl.trajectory.shards import TensorShard
 from relex_verl.verl_plugin.conversion import Part, converted_parts
 from relex_verl.verl_plugin.fsdp import Own, has_float32_master, own_weights, reshard
+from relex_verl.verl_plugin.hub_layout import HubLayout, HubPart
+from relex_verl.verl_plugin.sending import Sending
+from relex_verl.verl_plugin.ties import tied_names
 
-__all__ = ["EngineSource", "VerlEngine", "tied_names"]
+__all__ = ["EngineSource", "VerlEngine"]
 
 
 class VerlEngine:
@@ -22,6 +26,8 @@ class VerlEngine:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
+        self._layout = HubLayout.of(engine)
+        self._ties = tied_names(engine, self._layout)
 
     @property
     def no_master(self) -> str | None:
@@ -35,12 +41,16 @@ class VerlEngine:
 
     @property
     def aliases(self) -> dict[str, str]:
-        """See `tied_names`."""
-        return tied_names(self._engine)
+        """Tied name -> the name that holds its elements, in the checkpoint."""
+        return {self._layout.hub_name(tied): self._layout.hub_name(name) for tied, name in self._ties.items()}
 
     def shards(self, master: bool) -> "EngineSource":
         """The engine's weights."""
-        return EngineSource(self._engine, master)
+        return EngineSource(self._engine, master, self._layout)
+
+    def as_sent(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Whole tensors of the checkpoint as verl's own exporter would name and cut them for the rollout."""
+        return Sending(self._engine, self._layout, self._ties).of(tensors)
 
 
 class EngineSource:
@@ -48,18 +58,19 @@ class EngineSource:
 
     Attributes:
         master: yield the float32 master weights instead of their bfloat16 rounding; see `has_float32_master`.
-        aliases: tied name -> the name that holds its elements.
+        ties: tied name -> the name that holds its elements, in the engine.
     """
 
-    def __init__(self, engine: Any, master: bool = False) -> None:
+    def __init__(self, engine: Any, master: bool = False, layout: HubLayout | None = None) -> None:
         self.engine = engine
         self.master = master
-        self.aliases = tied_names(engine)
-        self._parts: dict[str, list[Part]] = {}
+        self.layout = layout or HubLayout.of(engine)
+        self.ties = tied_names(engine, self.layout)
+        self._parts: dict[str, list[Part] | list[HubPart]] = {}
 
     def __iter__(self) -> Iterator[TensorShard]:
         for name, local, spec in self._exported():
-            if not local.is_floating_point() or name in self.aliases:
+            if not local.is_floating_point() or name in self.ties:
                 continue
             local = local.detach().flatten()
             if name not in self._parts:
@@ -82,6 +93,9 @@ class EngineSource:
         from verl.utils.model import convert_weight_keys
 
         own = {name: (local, spec) for name, local, spec in own_weights(self.engine)}
+        for tied, name in self.ties.items():
+            if tied in own and name not in own:  # FSDP1 knows a tied weight by its first name alone
+                own[name] = own.pop(tied)
         module = getattr(self.engine.module, "_fsdp_wrapped_module", self.engine.module)
         for name, (local, spec) in convert_weight_keys(own, module).items():
             yield name, local, spec
@@ -101,7 +115,7 @@ class EngineSource:
         targets = {
             part.name: (local, part)
             for name, local, _ in self._own()
-            if name not in self.aliases
+            if name not in self.ties
             for part in self._parts.get(name, ())
         }
         for shard in shards:
@@ -115,19 +129,13 @@ class EngineSource:
             )
         reshard(self.engine)
 
-    def _locate(self, name: str, local: torch.Tensor, spec: Any) -> list[Part]:
+    def _locate(self, name: str, local: torch.Tensor, spec: Any) -> list[Part] | list[HubPart]:
         if self.master and spec.place is not None:  # FSDP1: a run of the parameter
-            return [Part(name, tuple(spec.full_shape), Placement((spec.place,), (local.numel(),)), None)]
+            return self.layout.parts(name, tuple(spec.full_shape), spec.place, local)
         if spec.place is None and spec.to_hf_chunk is None and spec.hf_slots is None and self._is_identity(name, spec):
             from verl.workers.engine.spec import derive_dtensor_placement
 
-            place, _, _ = derive_dtensor_placement(spec)
-            shape = tuple(spec.full_shape)
-            if isinstance(place, int):
-                placement = Placement((place,), (local.numel(),))
-            else:
-                placement = block_placement(place.local_shape, place.global_offset, place.full_shape)
-            return [Part(name, shape, placement, None)]
+            return self.layout.parts(name, tuple(spec.full_shape), derive_dtensor_placement(spec)[0], local)
         return self._converted(name, local, spec)
 
     def _is_identity(self, name: str, spec: Any) -> bool:
@@ -156,17 +164,3 @@ class EngineSource:
             return converted_parts(convert, local.numel(), int(shape[-1]) if shape else 1)
         except ValueError as error:
             raise ValueError(f"{name} of {type(self.engine).__name__} cannot be followed: {error}") from None
-
-
-def tied_names(engine: Any) -> dict[str, str]:
-    """Tied name -> the name that holds its elements, as transformers declares them; empty where nothing is tied."""
-    module = engine.module[0] if isinstance(engine.module, list) else engine.module
-    module = getattr(module, "_fsdp_wrapped_module", module)
-    config = getattr(engine.model_config, "hf_config", None)
-    text_config = getattr(config, "text_config", config)
-    if not (getattr(config, "tie_word_embeddings", False) or getattr(text_config, "tie_word_embeddings", False)):
-        return {}
-    declared = getattr(module, "_tied_weights_keys", None)
-    if isinstance(declared, dict):
-        return dict(declared)
-    return {"lm_head.weight": "model.embed_tokens.weight"}

@@ -28,12 +28,14 @@ class _RelexWorkerMixin:
 
     actor: Any
     _relex: RelexRank
+    _relex_engine: VerlEngine
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     @answers
     def relex_start(self, setup: Setup) -> Started:
         """Check memory and disk and take theta_0 (call it between `init_model` and `load_checkpoint`)."""
-        self._relex = RelexRank(setup, VerlEngine(self.actor.engine))
+        self._relex_engine = VerlEngine(self.actor.engine)
+        self._relex = RelexRank(setup, self._relex_engine)
         return self._relex.start()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -74,7 +76,7 @@ class _RelexWorkerMixin:
         self._relex.check(weights)
 
         def export(**_: Any) -> tuple[Iterator[tuple[str, torch.Tensor]], None]:
-            return self._relex.export(weights, get_device_id()), None
+            return self._relex_engine.as_sent(self._relex.export(weights, get_device_id())), None
 
         engine.get_per_tensor_param = export
 
@@ -94,7 +96,7 @@ class _RelexWorkerMixin:
     @answers
     def relex_stop(self) -> None:
         """Let go of everything that RELEX holds in memory."""
-        self._relex = None  # type: ignore[assignment]
+        self._relex = self._relex_engine = None  # type: ignore[assignment]
 
 
 class RelexActorWorker(_RelexWorkerMixin, ActorRolloutRefWorker):

@@ -51,8 +51,11 @@ OBJECTS = {
         "spec": f"{SPEC}:ShardSpec",
         "place": f"{SPEC}:BlockPlacement",
     },
+    "hub_layout.py": {"engine": ENGINE, "place": f"{SPEC}:BlockPlacement"},
     "leftovers.py": {"buffer": BUFFER},
     "probe.py": {"buffer": BUFFER},
+    "sending.py": {"self._engine": ENGINE, "type(engine)": ENGINE},
+    "ties.py": {"engine": ENGINE},
     "registration.py": {
         "config_store": "hydra.core.config_store",
         "config_store.ConfigStore": STORE,
@@ -165,12 +168,13 @@ CONTRACT: dict[str, dict[str, str]] = {
         "place": ATTRIBUTE,
         "to_hf_chunk": ATTRIBUTE,
     },
-    f"{SPEC}:BlockPlacement": {"full_shape": ATTRIBUTE, "global_offset": ATTRIBUTE, "local_shape": ATTRIBUTE},
+    f"{SPEC}:BlockPlacement": {"global_offset": ATTRIBUTE, "local_shape": ATTRIBUTE},
     "verl.utils.device": {"get_device_id": "()", "get_torch_device": "()"},
     "verl.utils.fsdp_utils": {
         "fsdp_version": "(model)",
     },
     "verl.utils.model": {"convert_weight_keys": "(state_dict, model)"},
+    "verl.workers.engine.fsdp.utils": {"unfuse_moe_params": "(weights, model_type=None)"},
     # The options of `+relex=...` and their early check.
     "hydra.core.config_store": {"ConfigStore": ATTRIBUTE},
     STORE: {

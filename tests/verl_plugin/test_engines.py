@@ -27,7 +27,7 @@ STRATEGIES = ("fsdp", "fsdp2")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def engine_of(model: Path, strategy: str, dtype: str) -> Any:
+def engine_of(model: Path, strategy: str, dtype: str, attention: str = "sdpa") -> Any:
     """verl's engine with its model, as a worker of the trainer makes it."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
@@ -41,7 +41,7 @@ def engine_of(model: Path, strategy: str, dtype: str) -> Any:
             load_tokenizer=False,
             use_remove_padding=False,
             enable_gradient_checkpointing=False,
-            override_config={"attn_implementation": "sdpa"},
+            override_config={"attn_implementation": attention},
         ),
         engine_config=FSDPEngineConfig(strategy=strategy, model_dtype=dtype, use_torch_compile=False),
         optimizer_config=FSDPOptimizerConfig(lr=1e-5, total_training_steps=10),

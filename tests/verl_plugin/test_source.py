@@ -18,7 +18,7 @@ from verl.workers.engine.spec import BlockPlacement, ShardSpec
 
 from relex_verl.trajectory.shards import check_cover, share_out
 from relex_verl.verl_plugin.fsdp import has_float32_master
-from relex_verl.verl_plugin.source import EngineSource, tied_names
+from relex_verl.verl_plugin.source import EngineSource
 
 ENGINES = Path(verl.__file__).parent / "workers" / "engine"
 RANKS, HIDDEN, FFN, VOCABULARY = 2, 6, 10, 13
@@ -183,21 +183,3 @@ def test_veomnis_fused_experts_become_the_checkpoint() -> None:
 def test_only_an_engine_whose_float32_weights_can_be_read_has_a_float32_trajectory() -> None:
     reason = has_float32_master(megatron(0, hugging_face()))
     assert reason == "Engine hands out bfloat16 weights only"
-
-
-@pytest.mark.parametrize(
-    ("declared", "expected"),
-    [
-        (None, {"lm_head.weight": "model.embed_tokens.weight"}),
-        ({"lm_head.weight": "model.wte.weight"}, {"lm_head.weight": "model.wte.weight"}),
-    ],
-)
-def test_tied_names_are_those_that_transformers_declares(declared: Any, expected: dict[str, str]) -> None:
-    module = torch.nn.Linear(1, 1)
-    module._tied_weights_keys = declared
-    engine = SimpleNamespace(
-        module=module, model_config=SimpleNamespace(hf_config=SimpleNamespace(tie_word_embeddings=True))
-    )
-    assert tied_names(engine) == expected
-    engine.model_config.hf_config.tie_word_embeddings = False
-    assert tied_names(engine) == {}

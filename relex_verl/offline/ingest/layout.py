@@ -118,7 +118,9 @@ def _tied(base: BaseCheckpoint) -> dict[str, str]:
         content = json.loads(config.read_text()) if config.exists() else {}
     except ValueError as error:
         raise IngestError(f"{config} is damaged: {error}") from error
-    if not content.get("tie_word_embeddings", content.get("text_config", {}).get("tie_word_embeddings", False)):
+    # As in transformers the top level decides. Where it is silent its class does: a head that is not stored is tied, and one
+    # that is stored can be followed by itself.
+    if not content.get("tie_word_embeddings", bool(content) and TIED not in base.entries):
         return {}
     embeddings = [name for name in base.entries if name.endswith(EMBEDDINGS)]
     return {TIED: embeddings[0]} if len(embeddings) == 1 else {}
