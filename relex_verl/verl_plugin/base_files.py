@@ -27,7 +27,7 @@ def check_format(config: DictConfig) -> None:
     folder = folder_of(model.path)
     if folder is None or any(folder.glob("*.safetensors")) or (folder / INDEX).exists():
         return
-    others = sorted(file.name for file in folder.iterdir() if file.suffix in OTHER_FORMATS)
+    others = sorted(file.name for file in folder.glob("*") if file.suffix in OTHER_FORMATS)
     elsewhere = actor.strategy == "megatron" and actor.megatron.use_dist_checkpointing
     if others or elsewhere:
         there = f"the folder has {others[0]} and no safetensors" if others else "the folder holds no safetensors"

@@ -51,9 +51,9 @@ def check_main(task: Callable[..., Any]) -> None:
         return
     if not starts:
         cure = (
-            "it does not start verl's v1 trainer, and RELEX would never run: start python -m verl.trainer.main_ppo, "
-            "have your main call run_ppo(config, task_runner_class=TaskRunnerV1) of verl.trainer.main_ppo, or leave "
-            "+relex out"
+            "it does not start verl's v1 trainer, and RELEX would never run: start python -m verl.trainer.main_ppo (with "
+            "+relex=separate_async where the rollout has devices of its own), have your main call "
+            "run_ppo(config, task_runner_class=TaskRunnerV1) of verl.trainer.main_ppo, or leave +relex out"
         )
         raise ConfigError("main", name, cure)
 

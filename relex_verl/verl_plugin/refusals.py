@@ -168,9 +168,13 @@ def _refuse_engine(config: DictConfig, key: str, cure: str) -> None:
 
 
 def _file_system(folder: Path) -> str:
-    """Type of the file system that a folder, which need not exist, would be on: that of the longest mount point above."""
-    mounts = {Path(one.mountpoint): one.fstype for one in psutil.disk_partitions(all=True)}
-    above = [one for one in mounts if folder.resolve().is_relative_to(one)]
+    """Type of the file system that a folder, which need not exist, is on; "" where nobody knows."""
+    try:
+        place = folder.resolve()
+        mounts = {Path(one.mountpoint): one.fstype for one in psutil.disk_partitions(all=True)}
+    except (OSError, RuntimeError):
+        return ""
+    above = [one for one in mounts if place.is_relative_to(one)]
     return mounts[max(above, key=lambda one: len(one.parts))] if above else ""
 
 
