@@ -5,6 +5,7 @@ here what it would save for a parameter: one without elements, so that every ten
 its strides what part of the parameter it is. So no architecture is known by name, and what would compute new values is seen.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -57,6 +58,8 @@ class HubLayout:
 
     Attributes:
         known: name of each parameter that has been asked for -> its shape, and the tensors of the checkpoint that it is.
+        stacks: name of each of them that the engine itself would cut up, though the checkpoint does not -> its converter,
+            from (first row, some rows) to named tensors.
     """
 
     def __init__(self, model: Any, base: BaseCheckpoint | None) -> None:
@@ -68,6 +71,7 @@ class HubLayout:
         """
         self._model, self._base = model, base
         self.known: dict[str, tuple[Shape, tuple[Piece, ...]]] = {}
+        self.stacks: dict[str, Callable[[int, torch.Tensor], Any]] = {}
 
     @classmethod
     def of(cls, engine: Any) -> "HubLayout":
@@ -79,9 +83,18 @@ class HubLayout:
             return cls(model, None)
         return cls(model, BaseCheckpoint(resolve_model(engine.model_config.local_path)))
 
+    @property
+    def is_known(self) -> bool:
+        """Whether anything is known of the checkpoint."""
+        return self._base is not None
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint has a tensor of this name."""
+        return self._base is not None and name in self._base.entries
+
     def is_stored(self, name: str) -> bool:
         """Whether the checkpoint has a parameter, under whatever name."""
-        return self._base is not None and self.hub_name(name) in self._base.entries
+        return self.has(self.hub_name(name))
 
     def pieces(self, name: str, shape: Shape) -> tuple[Piece, ...]:
         """The tensors of the checkpoint that a parameter of this name and shape is.

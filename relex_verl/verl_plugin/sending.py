@@ -1,6 +1,7 @@
 """Whole tensors of the checkpoint as verl sends them to the rollout: it names and cuts some of them otherwise."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,9 +27,9 @@ class _Sent(NamedTuple):
     block: tuple[slice | int, ...]
     order: tuple[int, ...]
 
-    def cut_out(self, tensor: torch.Tensor) -> torch.Tensor:
+    def cut_out(self, tensor: torch.Tensor) -> Iterator[Named]:
         """It, of the whole tensor."""
-        return tensor[self.block].permute(self.order).contiguous()
+        yield self.name, tensor[self.block].permute(self.order).contiguous()
 
 
 class Sending:
@@ -51,38 +52,50 @@ class Sending:
         Raises:
             ValueError: verl sends in one piece what the checkpoint keeps in several.
         """
-        if not _sends_parameters(self._engine):
-            yield from tensors
-            return
-        table = self._table()
+        table, unfuses = self._table(), _unfuses(self._engine)
         for hub_name, tensor in tensors:
             if hub_name in self._tied:
                 yield self._tied[hub_name], tensor
-                continue
-            if hub_name not in table:
+            elif hub_name in table:
+                for sent in table[hub_name]:
+                    yield from sent(tensor)
+            elif unfuses and self._layout.is_known:
                 raise ValueError(f"{hub_name}: it is not known how verl sends this tensor to the rollout")
-            for sent in table[hub_name]:
-                yield sent.name, sent.cut_out(tensor)
+            else:
+                yield hub_name, tensor
 
-    def _table(self) -> dict[str, list[_Sent]]:
-        """Name in the checkpoint -> what verl sends of it."""
+    def _table(self) -> dict[str, list[Callable[[torch.Tensor], Iterable[Named]]]]:
+        """Name in the checkpoint -> all that verl sends of it."""
         from verl.workers.engine.fsdp.utils import unfuse_moe_params
 
-        table: dict[str, list[_Sent]] = {}
+        table: dict[str, list[Callable[[torch.Tensor], Iterable[Named]]]] = {}
         for name, (shape, pieces) in self._layout.known.items():
+            if name in self._layout.stacks:
+                (piece,) = pieces
+                table[piece.name] = [partial(_rows, self._layout.stacks[name], piece)]
+                continue
             parameter = torch.empty(shape, dtype=torch.uint8, device="meta")
-            sends = unfuse_moe_params([(name, parameter)], self._engine.model_config.hf_config.model_type)
+            sends: Iterable[Named] = [(name, parameter)]
+            if _unfuses(self._engine):
+                sends = unfuse_moe_params(sends, self._engine.model_config.hf_config.model_type)
             by_box = {piece.box: piece for piece in pieces}
             for sent in pieces_of_views(parameter, sends):
                 holder = by_box.get(sent.box) or next((one for one in pieces if one.box & sent.box == sent.box), None)
                 if holder is None:
                     raise ValueError(f"verl sends {sent.name} in one piece, and the checkpoint keeps it in several")
-                table.setdefault(holder.name, []).append(_sent_of(holder, sent))
+                table.setdefault(holder.name, []).append(_sent_of(holder, sent).cut_out)
         return table
 
 
-def _sends_parameters(engine: Any) -> bool:
-    """Whether its exporter starts from the model's parameters; others start from the tensors of the checkpoint."""
+def _rows(
+    convert: Callable[[int, torch.Tensor], Iterable[Named]], piece: Piece, tensor: torch.Tensor
+) -> Iterable[Named]:
+    """An expert stack of the checkpoint by way of the engine's converter, which takes rows of its own stack."""
+    return convert(0, tensor.permute([piece.axes.index(axis) for axis in range(tensor.ndim)]))
+
+
+def _unfuses(engine: Any) -> bool:
+    """Whether it is FSDP's own exporter, which cuts expert stacks up."""
     from verl.workers.engine.fsdp import FSDPEngine
 
     return getattr(type(engine), "get_per_tensor_param", None) is FSDPEngine.get_per_tensor_param

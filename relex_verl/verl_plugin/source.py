@@ -132,11 +132,20 @@ class EngineSource:
     def _locate(self, name: str, local: torch.Tensor, spec: Any) -> list[Part] | list[HubPart]:
         if self.master and spec.place is not None:  # FSDP1: a run of the parameter
             return self.layout.parts(name, tuple(spec.full_shape), spec.place, local)
+        if self._is_whole_stack(name, spec):
+            self.layout.stacks[name] = spec.to_hf_chunk
+            return self.layout.parts(name, tuple(spec.full_shape), spec.place, local)
         if spec.place is None and spec.to_hf_chunk is None and spec.hf_slots is None and self._is_identity(name, spec):
             from verl.workers.engine.spec import derive_dtensor_placement
 
             return self.layout.parts(name, tuple(spec.full_shape), derive_dtensor_placement(spec)[0], local)
         return self._converted(name, local, spec)
+
+    def _is_whole_stack(self, name: str, spec: Any) -> bool:
+        """Whether the checkpoint keeps a stack of experts as it is, which the engine would cut up (VeOmni)."""
+        if spec.to_hf_chunk is None or not spec.hf_slots:
+            return False
+        return self.layout.has(name) and not self.layout.has(spec.hf_slots[0][0])
 
     def _is_identity(self, name: str, spec: Any) -> bool:
         """Whether the engine's converter leaves this parameter as it is: asked with an empty change."""

@@ -1,5 +1,6 @@
 """Bad checkpoints are told in one line before anything is written."""
 
+import json
 import shutil
 
 import pytest
@@ -85,6 +86,19 @@ def test_a_stored_head_that_is_not_the_embedding_is_not_taken_for_tied(tmp_path,
     save_file({**tensors, HEAD: tensors[EMBEDDING] * 2}, path, {"format": "pt"})
     with pytest.raises(IngestError, match=f"{HEAD} differs from {EMBEDDING}.*tie_word_embeddings"):
         run(tmp_path, "different")
+
+
+def test_the_top_level_of_the_configuration_says_whether_the_head_is_tied(tmp_path):
+    """The text's part of an untied Qwen3-VL-MoE says by default that it is."""
+    write_run(tmp_path, tied=False)
+    config = tmp_path / "base" / "config.json"
+    content = {**json.loads(config.read_text()), "text_config": {"tie_word_embeddings": True}}
+    assert content["tie_word_embeddings"] is False
+    config.write_text(json.dumps(content))
+    assert run(tmp_path, "said").index.aliases == {}
+    del content["tie_word_embeddings"]
+    config.write_text(json.dumps(content))
+    assert run(tmp_path, "silent").index.aliases == {}
 
 
 def test_messages_call_a_checkpoint_by_its_step_and_place(finished):

@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import verl
+from architectures import base_of, has_images
 from verl.workers.engine.spec import BlockPlacement, ShardSpec
 
+from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
 from relex_verl.trajectory.shards import check_cover, share_out
 from relex_verl.verl_plugin.fsdp import has_float32_master
-from relex_verl.verl_plugin.source import EngineSource
+from relex_verl.verl_plugin.source import EngineSource, VerlEngine
 
 ENGINES = Path(verl.__file__).parent / "workers" / "engine"
 RANKS, HIDDEN, FFN, VOCABULARY = 2, 6, 10, 13
@@ -183,3 +186,53 @@ def test_veomnis_fused_experts_become_the_checkpoint() -> None:
 def test_only_an_engine_whose_float32_weights_can_be_read_has_a_float32_trajectory() -> None:
     reason = has_float32_master(megatron(0, hugging_face()))
     assert reason == "Engine hands out bfloat16 weights only"
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_5_moe_fused", "qwen3_vl_moe"])
+def test_veomnis_stacks_are_cut_up_only_where_the_checkpoint_does(name: str, tmp_path: Path) -> None:
+    """Its engine around real models: each of two ranks of expert parallelism holds some experts of every stack whole.
+
+    What is written is laid out like the base; what is sent has the names and cuts of VeOmni's handlers in verl.
+    """
+    base = BaseCheckpoint(base_of(name, tmp_path))
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    auto = transformers.AutoModelForImageTextToText if has_images(config) else transformers.AutoModelForCausalLM
+    model = auto.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    utils, handler = load("veomni", "utils"), default_handler()
+    stacks = {key: one.detach() for key, one in model.named_parameters() if ".experts." in key and one.ndim == 3}
+    slots = {key: utils.enumerate_hf_slots(handler, key, tuple(one.shape), one.dtype) for key, one in stacks.items()}
+    whole = {entry: nan(*base.entries[entry].shape).flatten() for entry in base.entries if ".experts." in entry}
+    engines = []
+    for experts in (slice(0, 3), slice(3, 5)):
+        exported = []
+        for key, one in stacks.items():
+            local = one[experts]
+            block = BlockPlacement(tuple(local.shape), (experts.start, 0, 0), tuple(one.shape))
+            spec = ShardSpec(
+                tuple(one.shape),
+                place=block,
+                to_hf_chunk=lambda start, rows, key=key: list(handler(key, rows, expert_id_base=start)),
+                hf_slots=slots[key],
+            )
+            exported.append((key, local.flatten(), spec))
+        engine = Engine(exported, utils.hf_entry_converter)
+        engine.module = model
+        engine.model_config = SimpleNamespace(hf_config=config, local_path=str(tmp_path))
+        engines.append(VerlEngine(engine))
+        for shard in engines[-1].shards(master=False):
+            for local, full, length in shard.placement.runs():
+                whole[shard.name][full : full + length] = shard.data[local : local + length]
+    shaped = {entry: tensor.view(base.entries[entry].shape) for entry, tensor in whole.items()}
+    for entry, tensor in shaped.items():
+        assert torch.equal(tensor, base.read(entry)), entry
+    sent = dict(engines[0].as_sent(shaped.items()))
+    expected = {slot: part for key, one in stacks.items() for slot, part in handler(key, one, expert_id_base=0)}
+    assert sent.keys() == expected.keys()
+    assert all(torch.equal(sent[slot], part) for slot, part in expected.items())
+
+
+def default_handler() -> Any:
+    """verl's, without the move of each expert to the accelerator."""
+    utils = load("veomni", "utils")
+    utils.get_device_id = lambda: "cpu"
+    return utils.default_moe_param_handler
