@@ -72,7 +72,7 @@ def left_out(buffer: Any, prompts: Collection[str]) -> Iterator[None]:
         buffer: verl's replay buffer, whose look at the queue is shadowed on this one object.
         prompts: of validations that were given up.
     """
-    if not prompts:
+    if not prompts or not hasattr(buffer, "_sync_metadata_from_transfer_queue"):  # a buffer of another make
         yield
         return
     look = buffer._sync_metadata_from_transfer_queue

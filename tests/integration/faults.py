@@ -3,12 +3,13 @@
 - FAULT=module:name raises from what it names.
 - FAULT_SCORING changes what happens while RELEX validates, and only then, after the first FAULT_AFTER validations: "hang"
   keeps every answer back, "raise" fails in every reward, "flatter" gives every answer of a prediction the full reward,
-  whatever the model said, "nan" makes every predicted weight one, "kill" kills vLLM's engine. FAULT_MARKER is the file by
-  which the driver tells the other processes that it is so far.
+  whatever the model said, "nan" makes every predicted weight one, "kill" kills vLLM's engine as the first prompt comes.
+  FAULT_MARKER is the file by which the driver tells the other processes that it is so far.
 - FAULT_UNRESTORED=step leaves the rollout with the weights that were scored last after the cut at that step.
 """
 
 import asyncio
+import contextlib
 import functools
 import os
 from pathlib import Path
@@ -43,8 +44,6 @@ def _mark_validations(trainer: Any) -> None:
             SCORING in ("flatter", "nan") and weights == "observed"
         ):
             MARKER.touch()
-            if SCORING == "kill":
-                _kill_engines()
         try:
             return validate(self, weights, *args)
         finally:
@@ -55,10 +54,10 @@ def _mark_validations(trainer: Any) -> None:
 
 def _kill_engines() -> None:
     """Of this run: Ray starts all of its processes from one that is this one's parent, too."""
-    engines = [one for one in psutil.Process().parent().children(recursive=True) if one.name().startswith("VLLM")]
-    assert engines
-    for engine in engines:
-        engine.kill()
+    for process in psutil.Process().parent().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.name().startswith("VLLM"):
+                process.kill()
 
 
 def _leave_unrestored(trainer: Any) -> None:
@@ -91,6 +90,8 @@ def _disturb_answers(agent_loop: Any) -> None:
     run, score = loop.run, loop._score
 
     async def late(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if SCORING == "kill" and MARKER.exists():
+            _kill_engines()
         while SCORING == "hang" and MARKER.exists():
             await asyncio.sleep(0.05)
         return await run(self, *args, **kwargs)

@@ -174,3 +174,8 @@ def test_without_leftovers_nothing_is_waited_for_and_nothing_is_shadowed(host: A
     assert host._validate()[METRIC] == 1.0
     assert time.monotonic() - began < 5
     assert host.replay_buffer._sync_metadata_from_transfer_queue == look
+
+
+def test_a_replay_buffer_of_another_make_is_left_as_it_is() -> None:
+    with leftovers.left_out(SimpleNamespace(), ["lost"]):
+        pass

@@ -29,21 +29,23 @@ def _keep_weights(utils: Any) -> None:
     utils.dispatch_cpu_unquantized_gemm = from_the_parameter
 
 
-def _lose_weights_in_sleep(cpu_worker: Any) -> None:
-    """Sleep at level 2 loses the weights, as on a GPU, where it gives their memory back.
+def _lose_memory_in_sleep(cpu_worker: Any) -> None:
+    """Sleep loses the cache, and at level 2 the weights, as on a GPU, where it gives their memory back.
 
     vLLM's CPU worker does nothing. It would serve the old weights on after an update that never came, and no test would see
-    it; with NaN in their place every answer is nonsense.
+    it; with NaN in their place every answer is nonsense. What such weights have left in the cache has to go, too: the CPU's
+    attention multiplies the unused part of a block by 0, and NaN stays NaN.
     """
     import torch
 
     _must_have(cpu_worker.CPUWorker, "sleep", "wake_up")
 
     def sleep(self: Any, level: int = 1) -> None:
-        if level == 2:
-            with torch.no_grad():
-                for parameter in self.model_runner.model.parameters():
-                    parameter.fill_(float("nan"))
+        with torch.no_grad():
+            for cache in self.model_runner.kv_caches:
+                cache.zero_()
+            for parameter in self.model_runner.model.parameters() if level == 2 else ():
+                parameter.fill_(float("nan"))
 
     def wake_up(self: Any, tags: list[str] | None = None) -> None:
         """The weights come with verl's next update."""
@@ -58,4 +60,4 @@ def _must_have(owner: Any, *names: str) -> None:
 
 
 wrapt.register_post_import_hook(_keep_weights, "vllm.model_executor.layers.utils")
-wrapt.register_post_import_hook(_lose_weights_in_sleep, "vllm.v1.worker.cpu_worker")
+wrapt.register_post_import_hook(_lose_memory_in_sleep, "vllm.v1.worker.cpu_worker")
