@@ -3,9 +3,7 @@
 `Observer` is one rank's part. What is predicted from it (`prediction`) has the same bits as later from the trajectory.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,36 +11,21 @@ from typing import Any
 import torch
 
 from relex_verl.maths.window import Window
-from relex_verl.pipeline import resuming
+from relex_verl.pipeline import resuming, windows
 from relex_verl.pipeline.collectives import Collectives
+from relex_verl.pipeline.engine_shards import counted, exhausted
+from relex_verl.pipeline.observation import Observation
 from relex_verl.trajectory.collectors import Held, collector_of
 from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint, resolve_model
-from relex_verl.trajectory.index import TrajectoryError, TrajectoryIndex
+from relex_verl.trajectory.index import TrajectoryIndex
 from relex_verl.trajectory.kinds import Kind
+from relex_verl.trajectory.origin import Origin
 from relex_verl.trajectory.replay import ShardHistory
 from relex_verl.trajectory.shards import ShardSource, TensorShard, check_cover, share_out
 from relex_verl.trajectory.store import Trajectory
+from relex_verl.trajectory.windows import WindowRecord
 
-__all__ = ["Observation", "Observer"]
-
-
-@dataclass(frozen=True)
-class Observation:
-    """One observed step, summed over the ranks.
-
-    Attributes:
-        step: the training step.
-        changed_share: share of the weights whose change since the row before was not 0 (as it is kept); NaN for a
-            sketch, which does not keep the row before.
-        stored_bytes: bytes that the trajectory holds of all steps (those of a sketch are written by `save`).
-        changed_share_L, stored_bytes_L: the same of each tensor, (L,).
-    """
-
-    step: int
-    changed_share: float
-    stored_bytes: int
-    changed_share_L: torch.Tensor
-    stored_bytes_L: torch.Tensor
+__all__ = ["Observer"]
 
 
 class Observer:
@@ -79,6 +62,7 @@ class Observer:
         self._states = torch.zeros(0)
         self._base: BaseCheckpoint | None = None
         self._trajectory: Trajectory | None = None
+        self.replays: WindowRecord | None = None  # a window that began at the very step from which the run was resumed
 
     # Start and resume
 
@@ -98,27 +82,30 @@ class Observer:
         with self.ranks.together():
             held_here = [(shard.name, shard.shape, shard.placement) for shard in source]
             resuming.check_names(held_here, self.base)
-        counted = share_out(self.ranks.gather(held_here))
-        mine = counted[self.ranks.rank]
+        shared = share_out(self.ranks.gather(held_here))
+        mine = shared[self.ranks.rank]
         with self.ranks.together():
-            self.shapes = check_cover(counted)
-            self._check_aliases()
+            self.shapes = check_cover(shared)
+            resuming.check_aliases(self.aliases, self.shapes)
         sizes = [placement.numel for _, placement in mine.values()]
         admit(sum(sizes), len(self.shapes))
-        with self.ranks.together(), _exhausted(source) as shards:
+        with self.ranks.together(), exhausted(source) as shards:
             self._states = torch.empty(sum(sizes), dtype=self.kind.dtype)
             states = self._states.split(sizes)
             held = {name: Held(*where, state) for (name, where), state in zip(mine.items(), states, strict=True)}
             self.collector.begin(held, len(self.shapes))
-            for _, shard_held, data in self._counted(shards):
+            for _, shard_held, data in counted(shards, self.held):
                 shard_held.state.copy_(data)
             self.stored_L = torch.zeros(len(self.shapes), dtype=torch.float64)
 
     def open(self, step: int) -> None:
         """Begin a trajectory on disk, or go on with the one of this run after `step` (0: from the start).
 
+        Windows that began later do not count any more. One that began at this very step does, without its rows, and
+        `replays` is its record: a host's checkpoint of the step was saved before its jump.
+
         Raises:
-            TrajectoryError: the folder holds the trajectory of another run, or of another number of ranks.
+            TrajectoryError: the folder holds the trajectory of another run, or of another number of ranks; a damaged origin.
         """
         tensors = {name: list(shape) for name, shape in self.shapes.items()}
         index = TrajectoryIndex(self.base_model, self.kind.name, self.ranks.world_size, tensors, self.aliases, self.run)
@@ -126,19 +113,33 @@ class Observer:
         if existing is None:
             self._trajectory = resuming.create(self.ranks, self.folder, index, self.held, self._states, self.base)
         else:
-            self._resume(*existing)
+            windows.go_on(self.ranks, existing, self.collector)
+            self._trajectory = existing
+            self.replays = existing.record if existing.number and existing.record.origin_step == step else None
+            self._count_bytes()
 
-    def _resume(self, existing: Trajectory, steps: Sequence[int]) -> None:
-        rank = self.ranks.rank
-        with self.ranks.together():
-            if existing.placements(rank) != {name: held.placement for name, held in self.held.items()}:
-                raise TrajectoryError(f"{self.folder} was written with the weights cut otherwise between the ranks")
-            self.collector.resume(existing, rank, steps[-1])
-        with self.ranks.together():
-            if rank == 0:
-                existing.write_index()
-        self._trajectory = existing
-        self._count_bytes()
+    def begin_window(
+        self, step: int, source: ShardSource, jump: Mapping[str, Any] | None = None, undone: bool = False
+    ) -> None:
+        """Begin another window, whose theta_0 are the engine's weights as they are now; all that follows is of it alone.
+
+        It counts from the moment its index is written. Where that fails, this observer takes nothing more.
+
+        Args:
+            step: the training step just done.
+            source: the engine's weights.
+            jump, undone: how they came to be, see `WindowRecord`.
+
+        Raises:
+            TrajectoryError: a step before the last observed one; a jump that does not say what it has to.
+            ValueError: weights that are not finite; shards that differ from the first time.
+        """
+        self.save()
+        following = windows.following(self.ranks, self.trajectory, step, jump, undone)
+        self._trajectory = None  # its states are overwritten from here on
+        windows.begin(self.ranks, following, source, self.collector, self._states)
+        self._trajectory, self.replays = following, None
+        self.stored_L = torch.zeros(len(self.shapes), dtype=torch.float64)
 
     # Observe
 
@@ -160,10 +161,11 @@ class Observer:
         Raises:
             ValueError: weights that are not finite; shards that differ from the first time.
         """
-        with self.ranks.together(), _exhausted(source) as shards:
-            figures_lk, changed_l, file = self.collector.take(step, self._counted(shards))
+        trajectory = self.trajectory
+        with self.ranks.together(), exhausted(source) as shards:
+            figures_lk, changed_l, file = self.collector.take(step, counted(shards, self.held))
             if file is not None:
-                self.trajectory.append(self.ranks.rank, step, file)
+                trajectory.append(self.ranks.rank, step, file)
         mine_lk = torch.zeros(len(self.held), figures_lk.shape[1] + 2, dtype=torch.float64)
         mine_lk[:, :-2], mine_lk[:, -2] = figures_lk, changed_l
         if file is not None:
@@ -172,7 +174,7 @@ class Observer:
         total_Lk[self._rows_held()] = mine_lk
         total_Lk = self.ranks.sum_over_ranks(total_Lk)
         if file is not None:
-            self.trajectory.commit(step)
+            trajectory.commit(step)
             self._write_index()
         # From here on nothing can fail on one rank alone.
         self.collector.keep(step, total_Lk[:, :-2])
@@ -206,19 +208,6 @@ class Observer:
             if self.ranks.rank == 0:
                 self.trajectory.write_index()
 
-    def _counted(self, shards: Iterator[TensorShard]) -> Iterator[tuple[int, Held, torch.Tensor]]:
-        """The shards that this rank counts, with their positions: all of them, in the same order as before."""
-        names, i = list(self.held), 0
-        for shard in shards:
-            if shard.name not in self.held:
-                continue
-            if i == len(names) or shard.name != names[i] or shard.placement != self.held[names[i]].placement:
-                raise ValueError(f"{shard.name}: the engine cuts or orders its weights otherwise than before")
-            yield i, self.held[shard.name], shard.data.detach()
-            i += 1
-        if i != len(names):
-            raise ValueError(f"the engine handed out {i} of the {len(names)} shards that it had before")
-
     def _rows_held(self) -> list[int]:
         """Positions in the stacks of the tensors that this rank holds."""
         position = {name: i for i, name in enumerate(self.shapes)}
@@ -234,8 +223,7 @@ class Observer:
         """This rank's shards with all that is kept of them, in the order of the stacks."""
         index = {name: i for i, name in enumerate(self.held)}
         from_last = self.kind.rows is not None and self.kind.rows.anchor_is_last
-        placements = {name: held.placement for name, held in self.held.items()}
-        origin = self.trajectory.origin(self.ranks.rank, self.base, placements)
+        origin = self._origin()
         for name in self.shapes:
             if name in self.held:
                 held = self.held[name]
@@ -243,13 +231,24 @@ class Observer:
                 parts, dtype = self.collector.parts(index[name]), self.base.dtype(name)
                 yield ShardHistory(name, held.shape, held.placement, anchor, parts, dtype)
 
+    def origin_shards(self) -> Iterator[TensorShard]:
+        """This rank's shards of the window's theta_0, in the kind's dtype, in the order of the stacks; read from disk."""
+        origin = self._origin()
+        for name in self.shapes:
+            if name in self.held:
+                yield TensorShard(name, self.held[name].shape, self.held[name].placement, origin[name])
+
+    def _origin(self) -> Origin:
+        placements = {name: held.placement for name, held in self.held.items()}
+        return self.trajectory.origin(self.ranks.rank, self.base, placements)
+
     def current(self, source: ShardSource) -> Iterator[TensorShard]:
         """This rank's shards as the engine holds them now, rounded to the base's types, in the order of the stacks.
 
         On the host: the rollout's weights are on the device already.
         """
         mine = {}
-        with self.ranks.together(), _exhausted(source) as shards:
+        with self.ranks.together(), exhausted(source) as shards:
             for shard in shards:
                 if shard.name in self.held:
                     data = shard.data.detach().to("cpu", self.base.dtype(shard.name), copy=True)
@@ -268,24 +267,11 @@ class Observer:
 
     @property
     def trajectory(self) -> Trajectory:
-        """The store on disk; `open` comes first."""
-        assert self._trajectory is not None
+        """The store on disk; `open` comes first.
+
+        Raises:
+            RuntimeError: a window could not be begun.
+        """
+        if self._trajectory is None:
+            raise RuntimeError("no trajectory is open: resume from the one on disk")
         return self._trajectory
-
-    # Checks
-
-    def _check_aliases(self) -> None:
-        for alias, name in self.aliases.items():
-            if name not in self.shapes:
-                raise ValueError(f"{alias} is tied to {name}, which the engine does not hand out")
-
-
-@contextmanager
-def _exhausted(source: ShardSource) -> Iterator[Iterator[TensorShard]]:
-    """Iterate to the end, whatever happens: other ranks wait for this one in the engine's own collectives."""
-    shards = iter(source)
-    try:
-        yield shards
-    finally:
-        for _ in shards:
-            pass

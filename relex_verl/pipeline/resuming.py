@@ -9,20 +9,21 @@ import torch
 
 from relex_verl.pipeline.collectives import Collectives
 from relex_verl.trajectory.collectors import Held
+from relex_verl.trajectory.going_back import forget, readable_until, window_at
 from relex_verl.trajectory.hf_checkpoint import FLOATS, BaseCheckpoint
 from relex_verl.trajectory.index import TrajectoryError, TrajectoryIndex, WindowRecord
 from relex_verl.trajectory.shards import Placement
 from relex_verl.trajectory.store import Trajectory
 
-__all__ = ["appears", "check_names", "create", "find"]
+__all__ = ["appears", "check_aliases", "check_names", "create", "find"]
 
 NOT_SHARED = "relex.output_dir must lie on a file system that all nodes share"
 # A network file system may go on for a while to say that a file is not there, once it has been asked.
 PATIENCE_SECONDS = 60.0
 
 
-def find(ranks: Collectives, folder: Path, index: TrajectoryIndex, step: int) -> tuple[Trajectory, list[int]] | None:
-    """The trajectory of this run that is there already, if it has something to go on with.
+def find(ranks: Collectives, folder: Path, index: TrajectoryIndex, step: int) -> Trajectory | None:
+    """The trajectory of this run that is there already, if it has something to go on with. Nothing on disk changes.
 
     Args:
         ranks: all of them.
@@ -31,10 +32,11 @@ def find(ranks: Collectives, folder: Path, index: TrajectoryIndex, step: int) ->
         step: the training step that is resumed from.
 
     Returns:
-        The trajectory, cut back to the steps that are kept, and those; None when there are none. Nothing on disk changes.
+        The window to go on in, cut back to the steps that are kept, without the windows that began later. A later window
+        than the first may have no steps left, but its origin; of the first one None is then the answer.
 
     Raises:
-        TrajectoryError: it is that of another run, or not all ranks see it.
+        TrajectoryError: it is that of another run, not all ranks see it, or the window's origin is damaged.
     """
     existing: Trajectory | None = None
     with ranks.together():
@@ -45,21 +47,32 @@ def find(ranks: Collectives, folder: Path, index: TrajectoryIndex, step: int) ->
     with ranks.together():
         if any(seen) != all(seen):
             raise TrajectoryError(f"some ranks see a trajectory in {folder} and others do not: {NOT_SHARED}")
+    window: Trajectory | None = None
+    with ranks.together():
+        window = None if existing is None else window_at(existing, step)
     # A node that crashed may have left its last files empty, although the index names them.
-    readable = 0 if existing is None else existing.readable_until(ranks.rank, step)
+    readable = 0 if window is None else readable_until(window, ranks.rank, step)
     readable = min(ranks.gather(readable))
-    if existing is None:
+    if window is None:
         return None
-    if not existing.kept_after(readable):
-        with ranks.together():
-            if len(existing.index.windows) > 1:  # what is begun anew takes the place of all that is there
-                raise TrajectoryError(
-                    f"{folder} has no step to go on with after step {step} in its last window, and earlier windows: give "
-                    "this run its own relex.output_dir"
-                )
+    forget(window, readable)
+    if not window.number and not window.steps:
+        index.given_up = window.index.given_up  # for the one that takes its place
         return None
-    existing.forget(readable)
-    return existing, existing.steps
+    with ranks.together():
+        _check_origin(window, ranks.rank)
+    return window
+
+
+def _check_origin(window: Trajectory, rank: int) -> None:
+    try:
+        window.origin(rank, window.base(), window.placements(rank)).check()
+    except TrajectoryError as error:
+        begun = window.record.origin_step
+        raise TrajectoryError(
+            f"{error}. Without its origin, the window that began at step {begun} is lost: resume from a checkpoint before "
+            "that step (trainer.resume_mode=resume_path), or give this run its own relex.output_dir"
+        ) from error
 
 
 def create(
@@ -128,6 +141,13 @@ def check_names(shards: Sequence[tuple[str, tuple[int, ...], Placement]], base: 
             raise ValueError(
                 f"{name} has shape {shape} in the engine, {base.entries[name].shape} in the base checkpoint"
             )
+
+
+def check_aliases(aliases: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Whether tied names lead to tensors that the engine hands out; ValueError where one does not."""
+    for alias, name in aliases.items():
+        if name not in shapes:
+            raise ValueError(f"{alias} is tied to {name}, which the engine does not hand out")
 
 
 def appears(path: Path, patience: float = PATIENCE_SECONDS) -> bool:

@@ -1,7 +1,6 @@
 """What a trajectory's index.json says, in every schema that is read, and how steps are named to people."""
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from relex_verl.trajectory.files import write_json
 from relex_verl.trajectory.kinds import KINDS
+from relex_verl.trajectory.windows import WindowRecord, check_windows
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -22,30 +22,10 @@ __all__ = [
 
 # 1 (0.1.0): one window, whose rank folders stand in the trajectory's own folder. 2: a folder for each window.
 SCHEMA_VERSION = 2
-FOLDER = re.compile(r"\.|window_\d{3,}")
 
 
 class TrajectoryError(RuntimeError):
     """A trajectory that is missing, damaged, or of another run."""
-
-
-@dataclass
-class WindowRecord:
-    """A stretch of observation from one origin theta_0, as the index keeps it.
-
-    Attributes:
-        origin_step: the training step of theta_0.
-        origin: "base" when theta_0 is the base model (in the kind's dtype), "stored" when each rank holds its own copy.
-        steps: the committed steps, ascending.
-        stored: of a sketch: the steps whose files are kept, each a sketch of all steps up to it; empty for rows.
-        folder: of its rank folders, below the trajectory's.
-    """
-
-    origin_step: int = 0
-    origin: str = "base"
-    steps: list[int] = field(default_factory=list)
-    stored: list[int] = field(default_factory=list)
-    folder: str = "window_000"
 
 
 @dataclass
@@ -61,6 +41,7 @@ class TrajectoryIndex:
         run: what identifies the training run.
         windows: at least one, ascending origin steps.
         schema_version: of the file; a trajectory of an older one is gone on with in its own.
+        given_up: the steps at which windows began that do not count any more, since the run was resumed from before them.
     """
 
     base_model: str
@@ -71,6 +52,7 @@ class TrajectoryIndex:
     run: dict[str, Any]
     windows: list[WindowRecord] = field(default_factory=lambda: [WindowRecord()])
     schema_version: int = SCHEMA_VERSION
+    given_up: list[int] = field(default_factory=list)
 
 
 def read_index(folder: Path) -> TrajectoryIndex:
@@ -98,20 +80,26 @@ def read_index(folder: Path) -> TrajectoryIndex:
         index = TrajectoryIndex(**content, windows=windows)
     except (KeyError, TypeError, AttributeError) as error:
         raise TrajectoryError(f"{path} is damaged: {error}") from error
-    if index.encoding not in KINDS or not windows:
+    if index.encoding not in list(KINDS) or not windows:
         raise TrajectoryError(f"{path} is damaged: encoding {index.encoding!r}, {len(windows)} windows")
-    for window in windows:  # a path in somebody else's file must not lead out of the trajectory
-        if not FOLDER.fullmatch(window.folder):
-            raise TrajectoryError(f"{path} is damaged: a window's folder cannot be {window.folder!r}")
+    try:
+        check_windows(windows, index.given_up)
+    except ValueError as error:
+        raise TrajectoryError(f"{path} is damaged: {error}") from error
     return index
 
 
 def write_index(folder: Path, index: TrajectoryIndex) -> None:
     """Put it on disk, in its own schema."""
     content = asdict(index)
-    if index.schema_version == 1:
-        for window in content["windows"]:
+    if not index.given_up:
+        del content["given_up"]
+    for window in content["windows"]:
+        if index.schema_version == 1:
             del window["folder"]
+        for key in ("jump", "undone"):  # said of those alone that began so
+            if not window[key]:
+                del window[key]
     write_json(folder / "index.json", content)
 
 

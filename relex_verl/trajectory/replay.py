@@ -20,6 +20,7 @@ __all__ = [
     "histories",
     "increment_gram",
     "last_states",
+    "origins",
     "sketched",
     "states",
     "window",
@@ -152,7 +153,7 @@ def states(trajectory: Trajectory, step: int) -> Iterator[TensorShard]:
         TrajectoryError: the step was not observed, or a sketch does not keep it.
     """
     if step == trajectory.record.origin_step:
-        yield from _origins(trajectory)
+        yield from origins(trajectory)
         return
     _check_observed(trajectory, step)
     yield from last_states(trajectory, step)
@@ -166,9 +167,10 @@ def _check_observed(trajectory: Trajectory, step: int) -> None:
         )
 
 
-def _origins(trajectory: Trajectory) -> Iterator[TensorShard]:
+def origins(trajectory: Trajectory, ranks: Sequence[int] | None = None) -> Iterator[TensorShard]:
+    """theta_0 of every shard, one at a time, in the kind's dtype."""
     base = trajectory.base()
-    for rank in range(trajectory.index.world_size):
+    for rank in range(trajectory.index.world_size) if ranks is None else ranks:
         placements = trajectory.placements(rank)
         origin = trajectory.origin(rank, base, placements)
         for name, placement in placements.items():

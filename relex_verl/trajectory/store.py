@@ -13,14 +13,14 @@ two are kept, so that a run killed between its checkpoint and ours can resume fr
 Every file is written to a temporary name and renamed. A step counts when the index names it, and the index is rewritten
 after all ranks have written their files; what a killed run leaves beyond that is ignored, and overwritten by the next.
 A trajectory is a list of windows, each with its own origin and folder (schema 1, of version 0.1.0: a single one, in the
-trajectory's own folder). A `Trajectory` reads and writes one of them, the last unless another is asked for.
+trajectory's own folder). A window, too, counts when the index names it, after all ranks have written their origins. A
+`Trajectory` reads and writes one of them, the last unless another is asked for.
 """
 
 import json
 import os
 from collections.abc import Mapping, Sequence
 from copy import copy, deepcopy
-from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -40,16 +40,24 @@ from relex_verl.trajectory.index import (
     write_index,
 )
 from relex_verl.trajectory.kinds import KINDS, Kind, RowCodec
+from relex_verl.trajectory.origin import Origin
 from relex_verl.trajectory.shards import Placement
+from relex_verl.trajectory.windows import check_windows
 
-__all__ = ["Origin", "Trajectory", "TrajectoryError"]
+__all__ = ["Trajectory", "TrajectoryError"]
 
 # Files of a sketch that are kept.
 KEPT_SKETCHES = 2
 
 
 class Trajectory:
-    """A window of a trajectory folder, open for reading; `create`, `begin_window`, `append` and `commit` write it."""
+    """A window of a trajectory folder, open for reading; `create`, `begin_window`, `append` and `commit` write it.
+
+    Attributes:
+        folder: of the trajectory.
+        index: what its index.json says, of all windows.
+        number: of this window, from 0.
+    """
 
     def __init__(self, folder: str | os.PathLike[str], window: int = -1) -> None:
         """Open an existing one.
@@ -63,10 +71,7 @@ class Trajectory:
         """
         self.folder = Path(folder)
         self.index = read_index(self.folder)
-        windows = len(self.index.windows)
-        if not -windows <= window < windows:
-            raise TrajectoryError(f"{self.folder} has {windows} windows, numbered from 0: there is no window {window}")
-        self._number = range(windows)[window]
+        self.number = self._place(window)
 
     @classmethod
     def create(cls, folder: Path, index: TrajectoryIndex) -> "Trajectory":
@@ -75,30 +80,40 @@ class Trajectory:
         write_index(folder, index)
         return cls(folder)
 
-    def begin_window(self, origin_step: int) -> "Trajectory":
+    def begin_window(
+        self, origin_step: int, jump: Mapping[str, Any] | None = None, undone: bool = False
+    ) -> "Trajectory":
         """Begin another window, whose origin each rank stores (`declare_rank`).
 
         It counts once its own index is written (`write_index`); from then on nothing is written through this one.
 
         Args:
             origin_step: the training step of its theta_0, not before the last observed one.
+            jump, undone: how its theta_0 came to be, see `WindowRecord`.
 
         Raises:
-            TrajectoryError: an earlier step.
+            TrajectoryError: an earlier step; a jump that says something else than it has to.
         """
-        last = max([self.index.windows[-1].origin_step, *self.index.windows[-1].steps])
-        if origin_step < last:
-            raise TrajectoryError(f"a window cannot begin at step {origin_step}: {self.folder} goes up to step {last}")
         other, number = copy(self), len(self.index.windows)
-        other.index, other._number = deepcopy(self.index), number
-        other.index.windows.append(WindowRecord(origin_step, "stored", folder=f"window_{number:03d}"))
-        other.index.schema_version = 2
+        other.index, other.number = deepcopy(self.index), number
+        begun_by = None if jump is None else dict(jump)
+        record = WindowRecord(origin_step, "stored", folder=f"window_{number:03d}", jump=begun_by, undone=undone)
+        other.index.windows.append(record)
+        other.index.schema_version = max(2, self.index.schema_version)
+        try:
+            check_windows(other.index.windows)
+        except ValueError as error:
+            raise TrajectoryError(f"{self.folder}: {error}") from error
         return other
 
     def of_window(self, number: int) -> "Trajectory":
-        """Another window of the same trajectory, from 0; they share the index."""
+        """Another window of the same trajectory, numbered as in `Trajectory`; they share the index.
+
+        Raises:
+            TrajectoryError: there is no such window.
+        """
         other = copy(self)
-        other._number = range(len(self.index.windows))[number]
+        other.number = self._place(number)
         return other
 
     # What a rank writes
@@ -130,11 +145,6 @@ class Trajectory:
         self.record.steps, self.record.stored = list(steps), stored[-KEPT_SKETCHES:]
         return stored[:-KEPT_SKETCHES]
 
-    def forget(self, after: int) -> None:
-        """The steps after this one do not count any more (a resumed run trains them again)."""
-        self.record.steps = self.kept_after(after)
-        self.record.stored = [step for step in self.record.stored if step <= after]
-
     def write_index(self) -> None:
         """Put on disk what counts."""
         write_index(self.folder, self.index)
@@ -149,7 +159,7 @@ class Trajectory:
     @property
     def record(self) -> WindowRecord:
         """What the index says of this window."""
-        return self.index.windows[self._number]
+        return self.index.windows[self.number]
 
     @property
     def steps(self) -> list[int]:
@@ -187,13 +197,16 @@ class Trajectory:
         """Which elements of which tensors a rank holds.
 
         Raises:
-            TrajectoryError: the rank's folder is missing.
+            TrajectoryError: the rank's folder is missing, or damaged.
         """
         path = self._rank_folder(rank) / "placements.json"
         if not path.exists():
             raise TrajectoryError(f"{path} is missing: this trajectory was written by {self.index.world_size} ranks")
-        content = json.loads(path.read_text())
-        return {name: Placement(tuple(run["start"]), tuple(run["length"])) for name, run in content.items()}
+        try:
+            content = json.loads(path.read_text())
+            return {name: Placement(tuple(run["start"]), tuple(run["length"])) for name, run in content.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TrajectoryError(f"{path} is damaged: {error}") from error
 
     def load(self, rank: int, step: int) -> PackedStep[Any]:
         """A rank's file of a step, memory-mapped.
@@ -221,28 +234,6 @@ class Trajectory:
         except Exception as error:
             raise TrajectoryError(f"{path} cannot be read: {error}") from error
 
-    def readable_until(self, rank: int, step: int) -> int:
-        """The last step up to `step` before which no file of a rank that the index names is damaged."""
-        last = 0
-        for named in self.steps if self.kind.keeps_rows else self.record.stored:
-            if named > step:
-                break
-            try:
-                self.load(rank, named)
-            except TrajectoryError:
-                if self.kind.keeps_rows:
-                    return last
-                continue  # an older or newer sketch is as whole
-            last = named
-        return step if self.kind.keeps_rows else last
-
-    def kept_after(self, step: int) -> list[int]:
-        """The steps that a run resumed after `step` goes on with: for a sketch, those of its last file up to there."""
-        last = step
-        if not self.kind.keeps_rows:
-            last = max((stored for stored in self.record.stored if stored <= step), default=0)
-        return [observed for observed in self.steps if observed <= last]
-
     def steps_until(self, cut: int | None) -> list[int]:
         """The committed steps up to a cut (all of them for None).
 
@@ -258,7 +249,7 @@ class Trajectory:
             )
         return steps
 
-    def origin(self, rank: int, base: BaseCheckpoint, placements: Mapping[str, Placement]) -> "Origin":
+    def origin(self, rank: int, base: BaseCheckpoint, placements: Mapping[str, Placement]) -> Origin:
         """A rank's part of theta_0."""
         stored = None if self.record.origin == "base" else self._rank_folder(rank) / "origin.safetensors"
         return Origin(base, placements, stored, self.kind.dtype)
@@ -268,27 +259,14 @@ class Trajectory:
         """Parameters of the observed tensors."""
         return sum(prod(shape) for shape in self.index.tensors.values())
 
+    def _place(self, window: int) -> int:
+        windows = len(self.index.windows)
+        if not -windows <= window < windows:
+            raise TrajectoryError(f"{self.folder} has {windows} windows, numbered from 0: there is no window {window}")
+        return range(windows)[window]
+
     def _step_file(self, rank: int, step: int) -> Path:
         return self._rank_folder(rank) / f"step_{step:06d}.safetensors"
 
     def _rank_folder(self, rank: int) -> Path:
         return self.folder / self.record.folder / f"rank_{rank:05d}"
-
-
-class Origin:
-    """A rank's part of theta_0, read from disk tensor by tensor: origin[name] is (n,) in the kind's dtype."""
-
-    def __init__(
-        self, base: BaseCheckpoint, placements: Mapping[str, Placement], stored: Path | None, dtype: torch.dtype
-    ) -> None:
-        """Args: the base model, what the rank holds, and the file of its own copy where theta_0 is not the base."""
-        self._base, self._placements, self._stored, self._dtype = base, placements, stored, dtype
-        ends = accumulate(placement.numel for placement in placements.values())
-        self._end = dict(zip(placements, ends, strict=True))
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        placement = self._placements[name]
-        if self._stored is None:
-            return self._base.read(name, placement).to(self._dtype)
-        with safe_open(self._stored, framework="pt") as handle:
-            return handle.get_slice("origin")[self._end[name] - placement.numel : self._end[name]]

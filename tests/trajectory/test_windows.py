@@ -139,6 +139,9 @@ def test_windows_have_files_and_an_origin_of_their_own(tmp_path: Path, kind: str
         ({"windows": [{"folder": "../../etc"}]}, "a window's folder cannot be '../../etc'"),
         ({"windows": [{"unheard": 1}]}, "damaged"),
         ({"surprise": 1}, "damaged"),
+        ({"encoding": []}, r"encoding \[\]"),
+        ({"given_up": 5}, "given_up has to be a list of steps"),
+        ({"given_up": ["5"]}, "given_up has to be a list of steps"),
     ],
 )
 def test_an_index_that_is_not_understood_is_refused_by_name(tmp_path: Path, change: dict, says: str) -> None:
@@ -147,3 +150,81 @@ def test_an_index_that_is_not_understood_is_refused_by_name(tmp_path: Path, chan
     (folder / "index.json").write_text(json.dumps({**content, **change}))
     with pytest.raises(TrajectoryError, match=says):
         Trajectory(folder)
+
+
+JUMP = {"method": "relex", "target": 20, "rank": 1, "fit_from": 1, "optimizer": "keep"}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({}, None),
+        ({"jump": None, "undone": True}, None),
+        ({"jump": None}, None),
+        ({"folder": "."}, r"folder cannot be '\.'"),
+        ({"folder": "window_000"}, "folder cannot be 'window_000'"),
+        ({"folder": "window_001/../.."}, "folder cannot be"),
+        ({"folder": ["window_001"]}, "window 1: "),
+        ({"origin": "/etc/passwd"}, "the origin of window_001 cannot be '/etc/passwd'"),
+        ({"origin_step": 4}, "a window cannot begin at step 4: the one before it goes up to step 5"),
+        ({"origin_step": True}, "do not ascend from its origin at True"),
+        ({"steps": [6, 6]}, "the steps of window_001 do not ascend"),
+        ({"steps": [5]}, "the steps of window_001 do not ascend"),
+        ({"steps": [6, 7.5]}, "the steps of window_001 do not ascend"),
+        ({"steps": {}}, "the steps of window_001 do not ascend"),
+        ({"steps": None}, "window 1: "),
+        ({"stored": [8]}, "stored steps that are not among its steps"),
+        ({"stored": [[]]}, "window 1: "),
+        ({"undone": True}, "begins with a jump, with the undoing of one, or with neither"),
+        ({"undone": 1}, "begins with a jump, with the undoing of one, or with neither"),
+        ({"jump": []}, "a jump has to say method, target, rank, fit_from, optimizer"),
+        ({"jump": {**JUMP, "more": 1}}, "a jump has to say"),
+        ({"jump": {key: JUMP[key] for key in ("method", "target")}}, "a jump has to say"),
+        ({"jump": {**JUMP, "method": "[red]relax"}}, "cannot have method"),
+        ({"jump": {**JUMP, "method": {}}}, "window 1: "),
+        ({"jump": {**JUMP, "optimizer": "lose"}}, "cannot have method 'relex' and optimizer 'lose'"),
+        ({"jump": {**JUMP, "target": 5}}, "a jump at step 5 cannot have target 5"),
+        ({"jump": {**JUMP, "target": "20"}}, "a jump at step 5 cannot have target '20'"),
+        ({"jump": {**JUMP, "rank": 0}}, "a jump at step 5 cannot have target 20, rank 0"),
+        ({"jump": {**JUMP, "fit_from": -1}}, "a jump at step 5 cannot have target 20, rank 1, fit_from -1"),
+    ],
+)
+def test_a_second_window_that_no_run_writes_is_refused_by_name(tmp_path: Path, change: dict, says: str | None) -> None:
+    folder = record(tmp_path, BASE, STATES).folder
+    content = json.loads((folder / "index.json").read_text())
+    second = {"origin_step": 5, "origin": "stored", "steps": [6], "stored": [], "folder": "window_001", "jump": JUMP}
+    content["windows"].append({**second, **change})
+    (folder / "index.json").write_text(json.dumps(content))
+    if says is None:
+        assert Trajectory(folder).record.jump == {**second, **change}["jump"]
+        return
+    with pytest.raises(TrajectoryError, match=f"index.json is damaged: .*{says}"):
+        Trajectory(folder)
+
+
+@pytest.mark.parametrize("change", [{"jump": JUMP}, {"undone": True}])
+def test_a_first_window_begins_without_a_jump(tmp_path: Path, change: dict) -> None:
+    folder = record(tmp_path, BASE, STATES).folder
+    content = json.loads((folder / "index.json").read_text())
+    assert not {"jump", "undone", "given_up"} & {*content, *content["windows"][0]}  # as it was before there were any
+    content["windows"][0] |= change
+    (folder / "index.json").write_text(json.dumps(content))
+    with pytest.raises(TrajectoryError, match="is the first, and can begin neither with a jump nor with the undoing"):
+        Trajectory(folder)
+
+
+def test_a_run_of_0_1_0_may_jump(golden: Path) -> None:
+    """Its first window stays where it is; 0.1.0, which knows one window, does not read it any more."""
+    folder = golden / "sketch-4" / "trajectory"
+    before = {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
+    observer = Observer(folder, "base", {}, {"project": "p", "experiment": "e"}, KINDS["sketch-4"])
+    base = load_file(golden / "base" / "model.safetensors")
+    source = [TensorShard(n, tuple(t.shape), whole(t.shape), t.float().flatten() + 0.5) for n, t in base.items()]
+    observer.start([TensorShard(s.name, s.shape, s.placement, s.data - 0.5) for s in source])
+    observer.open(6)
+    observer.begin_window(6, source, {**JUMP, "target": 40})
+    first, second = Trajectory(folder, window=0), Trajectory(folder)
+    assert (first.steps, first.record.folder, second.index.schema_version) == ([1, 2, 3, 4, 5, 6], ".", 2)
+    assert {path: path.read_bytes() for path in before} == before
+    for shard, wanted in zip(replay.origins(second), source, strict=True):
+        assert torch.equal(shard.data, wanted.data)

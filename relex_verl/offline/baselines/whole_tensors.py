@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from relex_verl.trajectory.index import TrajectoryError
+from relex_verl.trajectory.origin import Origin
 from relex_verl.trajectory.shards import Placement, TensorShard, whole
-from relex_verl.trajectory.store import Origin, Trajectory
+from relex_verl.trajectory.store import Trajectory
 
 __all__ = ["WholeTensors", "is_attention_or_mlp_matrix"]
 

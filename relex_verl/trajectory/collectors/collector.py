@@ -55,10 +55,10 @@ class Collector(Protocol):
     steps: list[int]
 
     def begin(self, held: dict[str, Held], tensors: int) -> None:
-        """Start with nothing: the shards of this rank, and the number of tensors of all ranks."""
+        """Start a window with nothing: the shards of this rank at theta_0, and the number of tensors of all ranks."""
 
     def resume(self, trajectory: Trajectory, rank: int, step: int) -> None:
-        """Start with what a trajectory holds after `step`."""
+        """Go on after `begin` with what a trajectory holds of the window after `step`."""
 
     def take(self, step: int, shards: Iterator[tuple[int, Held, torch.Tensor]]) -> Taken:
         """Look at the weights of this step: (position among the tensors held, shard, its weights now), in order."""

@@ -37,15 +37,16 @@ class RowCollector:
 
     def begin(self, held: dict[str, Held], tensors: int) -> None:
         """See `Collector`."""
-        self.held, self.steps, self.packed = held, [], []
+        self.held, self.steps, self.packed, self._taken = held, [], [], None
         self.increment_gram_LTT = torch.zeros(tensors, 0, 0, dtype=torch.float64)
 
     def resume(self, trajectory: Trajectory, rank: int, step: int) -> None:
         """See `Collector`."""
         self.steps = trajectory.steps_until(step)
-        for shard in replay.last_states(trajectory, step, ranks=[rank]):
-            self.held[shard.name].state.copy_(shard.data)
         self.packed = [trajectory.load(rank, observed) for observed in self.steps]
+        for i, held in enumerate(self.held.values()):
+            for packed in self.packed:
+                self.codec.advance(held.state, packed.increment(i))
         self.increment_gram_LTT = replay.increment_gram(trajectory, step)
 
     def take(self, step: int, shards: Iterator[tuple[int, Held, torch.Tensor]]) -> Taken:

@@ -38,6 +38,7 @@ class SketchCollector:
         """See `Collector`."""
         size = self.kind.size
         self.held, self.steps, self._torn = held, [], False
+        self._moments = None  # those of the window before make room first
         numel = [shard.placement.numel for shard in held.values()]
         arrays = {
             "value": torch.zeros(size * sum(numel)),
@@ -45,6 +46,8 @@ class SketchCollector:
             "gram_row": torch.zeros(0, 0, dtype=torch.float64),
         }
         self._moments = PackedStep(self.kind.part, arrays)
+        self._own_gram_lrr = torch.zeros(len(held), size, size, dtype=torch.float64)
+        self._gram_Lrr = torch.zeros(tensors, size, size, dtype=torch.float64)
         self._own_energy_lT = torch.zeros(len(held), 0, dtype=torch.float64)
         self._energy_LT = torch.zeros(tensors, 0, dtype=torch.float64)
 
