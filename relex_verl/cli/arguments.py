@@ -20,6 +20,7 @@ __all__ = [
     "Rank",
     "Revisions",
     "TrajectoryFolder",
+    "WindowNumber",
     "later_steps_of",
     "methods_of",
     "steps_of",
@@ -29,6 +30,10 @@ __all__ = [
 TrajectoryFolder = Annotated[
     Path,
     typer.Argument(metavar="TRAJECTORY", help="Folder with index.json: output_dir/trajectory, or what ingest wrote."),
+]
+WindowNumber = Annotated[
+    int,
+    typer.Option("--window", help="Of a run that jumped: which window, from 0, as info lists them; -1 is the last."),
 ]
 OutFolder = Annotated[Path, typer.Option("--out", help="Where to write.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from relex_verl.cli.arguments import AsJson, OutFolder, TrajectoryFolder, later_steps_of
+from relex_verl.cli.arguments import AsJson, OutFolder, TrajectoryFolder, WindowNumber, later_steps_of
 from relex_verl.cli.screen import clear_errors, console, element_bar, notes, print_json
 from relex_verl.offline.analysis import observed_until, write_prediction
 from relex_verl.offline.baselines.alpharl import alpharl
@@ -59,7 +59,8 @@ class _Predictions:
     ) -> None:
         """One of them, with a bar."""
         base_model, place = self.trajectory.index.base_model, self.trajectory.folder.resolve()
-        facts = Provenance.of_baseline(method, target, settings, base_model, self.cut, self.steps, place)
+        of = (method, target, settings, base_model, self.cut, self.steps, place, self.trajectory.number)
+        facts = Provenance.of_baseline(*of)
         name = f"{method}-{suffix}"
         with element_bar(self.trajectory, name) as advance:
             write_prediction(self.trajectory, shards, self.out / name, facts, advance)
@@ -84,11 +85,12 @@ def weight_extrapolation_command(
     copy_norms: Annotated[
         bool, typer.Option(help="Copy norm layers from the last checkpoint, as its authors do.")
     ] = True,
+    window: WindowNumber = -1,
     as_json: AsJson = False,
 ) -> None:
     """Weight Extrapolation (arXiv 2601.04537): a line through two checkpoints."""
     with clear_errors():
-        predictions = _Predictions(Trajectory(trajectory), t_cut, out, as_json)
+        predictions = _Predictions(Trajectory(trajectory, window), t_cut, out, as_json)
         settings = {"first": first, "copy_norms": copy_norms}
         for step in later_steps_of(target, t_cut):
             shards = weight_extrapolation(predictions.trajectory, t_cut, step, first, copy_norms)
@@ -104,11 +106,12 @@ def transformer_command(
     out: OutFolder,
     epochs: Annotated[int, typer.Option(min=0, help="Of full-batch training.")] = TransformerSettings.epochs,
     seed: Seed = 0,
+    window: WindowNumber = -1,
     as_json: AsJson = False,
 ) -> None:
     """The paper's 3-layer Transformer on the rank-1 coefficients (arXiv 2605.21468, Table 2)."""
     with clear_errors():
-        predictions = _Predictions(Trajectory(trajectory), t_cut, out, as_json)
+        predictions = _Predictions(Trajectory(trajectory, window), t_cut, out, as_json)
         settings = TransformerSettings(epochs=epochs, seed=seed)
         for step in later_steps_of(target, t_cut):
             shards = transformer_tensors(predictions.trajectory, t_cut, step, settings)
@@ -124,11 +127,12 @@ def alpharl_command(
     wanted: Annotated[str, typer.Option(help="Scores to aim at, separated by commas.")],
     out: OutFolder,
     add_to: Annotated[AddTo, typer.Option(help="base as in the paper, last as in the authors' code.")] = AddTo.base,
+    window: WindowNumber = -1,
     as_json: AsJson = False,
 ) -> None:
     """AlphaRL (arXiv 2510.00553): partial least squares between top singular vectors and scores."""
     with clear_errors():
-        predictions = _Predictions(Trajectory(trajectory), t_cut, out, as_json)
+        predictions = _Predictions(Trajectory(trajectory, window), t_cut, out, as_json)
         by_step = _scores(scores)
         for score in _numbers(wanted, "--wanted"):
             where = add_to.value
@@ -153,11 +157,12 @@ def next_command(
     epochs: Annotated[int, typer.Option(min=0, help="Of full-batch training.")] = NextSettings.epochs,
     learning_rate: Annotated[float, typer.Option(min=0.0, help="Of AdamW.")] = NextSettings.learning_rate,
     seed: Seed = 0,
+    window: WindowNumber = -1,
     as_json: AsJson = False,
 ) -> None:
     """NExt (arXiv 2604.11446): networks on the rank-1 factors of past changes predict those of the next one."""
     with clear_errors():
-        predictions = _Predictions(Trajectory(trajectory), t_cut, out, as_json)
+        predictions = _Predictions(Trajectory(trajectory, window), t_cut, out, as_json)
         chosen = _numbers(coefficient, "--coefficient")
         settings = NextSettings(interval, look_ahead, epochs=epochs, learning_rate=learning_rate, seed=seed)
         fit = fit_next(predictions.trajectory, t_cut, settings)

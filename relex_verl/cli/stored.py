@@ -6,7 +6,16 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from relex_verl.cli.arguments import AsJson, FitFrom, OutFolder, Rank, TrajectoryFolder, later_steps_of, methods_of
+from relex_verl.cli.arguments import (
+    AsJson,
+    FitFrom,
+    OutFolder,
+    Rank,
+    TrajectoryFolder,
+    WindowNumber,
+    later_steps_of,
+    methods_of,
+)
 from relex_verl.cli.screen import clear_errors, console, element_bar, print_json, table_of
 from relex_verl.maths.diagnostics import describe, random_walk, summary
 from relex_verl.maths.extrapolators import METHODS
@@ -14,21 +23,35 @@ from relex_verl.offline import analysis, face
 from relex_verl.pipeline.prediction import write_checkpoint
 from relex_verl.reporting.provenance import Checkout
 from relex_verl.trajectory import replay
+from relex_verl.trajectory.holding import window_holding
 from relex_verl.trajectory.index import step_ranges
 from relex_verl.trajectory.store import Trajectory
+from relex_verl.trajectory.windows import WindowRecord
 
 __all__ = ["checkout", "extrapolate", "info", "reconstruct"]
 
 
-def info(trajectory: TrajectoryFolder, as_json: AsJson = False) -> None:
-    """Show what a trajectory holds and how straight it is, beside what a pure random walk would show."""
+def info(
+    trajectory: TrajectoryFolder,
+    window: Annotated[
+        int | None,
+        typer.Option(help="Show how straight this one is, from 0; the last with observed steps if not given."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a trajectory holds and how straight it is, beside what a pure random walk would show.
+
+    Of a run that jumped also its windows: what each began with, and the steps that were observed from there on.
+    """
     with clear_errors():
         opened = Trajectory(trajectory)
-        window = analysis.window(opened)
-        steps = list(window.steps)
-        figures = {name: summary(values) for name, values in describe(window).items()}
-        null = {name: values.item() for name, values in describe(random_walk(window)).items()}
+        observed = [number for number, record in enumerate(opened.windows) if record.steps]
+        opened = opened.of_window((observed or [-1])[-1] if window is None else window)
+        rows = analysis.window(opened)
+        figures = {name: summary(values) for name, values in describe(rows).items()}
+        null = {name: values.item() for name, values in describe(random_walk(rows)).items()}
         size = sum(path.stat().st_size for path in trajectory.rglob("*") if path.is_file())
+    steps = [step for record in opened.windows for step in record.steps]
     facts: dict[str, Any] = {
         "base model": opened.index.base_model,
         "trajectory": opened.index.encoding,
@@ -39,11 +62,15 @@ def info(trajectory: TrajectoryFolder, as_json: AsJson = False) -> None:
         "run": opened.index.run,
     }
     if as_json:
-        print_json({**facts, "steps": steps, "figures": figures, "random_walk": null})
+        windows = [{"window": number, **vars(record)} for number, record in enumerate(opened.windows)]
+        shown = {"figures": figures, "figures_of_window": opened.number, "random_walk": null}
+        print_json({**facts, "steps": steps, "windows": windows, **shown})
         return
     for key, value in facts.items():
         console.print(f"[bold]{key}[/]: {value}", highlight=False)
-    rows = [
+    if len(opened.windows) > 1:
+        console.print(table_of("windows", [_window_row(*numbered) for numbered in enumerate(opened.windows)]))
+    table = [
         {
             "": name.replace("_", " "),
             **{key: values.get(key) for key in ("mean", "p10", "min")},
@@ -51,24 +78,47 @@ def info(trajectory: TrajectoryFolder, as_json: AsJson = False) -> None:
         }
         for name, values in figures.items()
     ]
-    console.print(table_of("over the tensors", rows))
+    of_window = f", in window {opened.number}" if len(opened.windows) > 1 else ""
+    console.print(table_of(f"over the tensors{of_window}", table))
+
+
+def _window_row(number: int, record: WindowRecord) -> dict[str, Any]:
+    """What the table of `info` says of one."""
+    origin = "the base model" if record.origin == "base" else "the weights as trained"
+    if record.undone:
+        origin = "the weights before a jump, undone"
+    if record.jump is not None:
+        jump = record.jump
+        kept = {"keep": "kept", "reset": "begun anew"}[jump["optimizer"]]
+        origin = f"jump: {jump['method']}-step_{jump['target']}, rank {jump['rank']}, from step {jump['fit_from']} on"
+        origin += f", optimizer {kept}"
+    seen = {"observed steps": step_ranges(record.steps), "rows": len(record.steps)}
+    return {"window": number, "begins at": record.origin_step, "with": origin, **seen}
 
 
 def checkout(
     trajectory: TrajectoryFolder,
     step: Annotated[int, typer.Option(help="An observed step, or 0 for the origin.")],
     out: OutFolder,
+    after_jump: Annotated[
+        bool,
+        typer.Option(
+            "--after-jump", help="Of a step at which the run jumped, or a jump was undone: what it went on with."
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Give back the Hugging Face checkpoint of an observed step.
+    """Give back the Hugging Face checkpoint of an observed step, of whatever window.
 
     From a bf16 trajectory: bit for bit as verl held it. From an fp32 trajectory: the float32 reconstruction, with the
     bound of its error printed.
     """
     with clear_errors():
-        opened = Trajectory(trajectory)
+        opened = window_holding(Trajectory(trajectory), step, after_jump)
         error = replay.error_bound(opened, step)
-        facts = Checkout.of(step, error, opened.index.base_model, trajectory.resolve()).to_json()
+        facts = Checkout.of(
+            step, error, opened.index.base_model, trajectory.resolve(), opened.number, after_jump
+        ).to_json()
         with element_bar(opened, f"step {step}") as advance:
             # A float32 state has digits that the base's own types would cut off; a bfloat16 one has none.
             dtype = torch.float32 if opened.kind.dtype == torch.float32 else None
@@ -88,6 +138,7 @@ def extrapolate(
     method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}, or several with commas.")] = "relex",
     rank: Rank = 1,
     fit_from: FitFrom = 1,
+    window: WindowNumber = -1,
     as_json: AsJson = False,
 ) -> None:
     """Predict checkpoints from the steps up to a cut, from the trajectory alone: OUT/<method>-step_<N>/.
@@ -96,7 +147,7 @@ def extrapolate(
     """
     written = []
     with clear_errors():
-        opened, targets = Trajectory(trajectory), later_steps_of(target, t_cut)
+        opened, targets = Trajectory(trajectory, window), later_steps_of(target, t_cut)
         for name, step in product(methods_of(method), targets):
             with element_bar(opened, f"{name}, step {step}") as advance:
                 folder = face.extrapolate(opened, step, t_cut, name, rank, out=out, fit_from=fit_from, progress=advance)
@@ -114,6 +165,7 @@ def reconstruct(
     out: OutFolder,
     rank: Rank = 1,
     t_cut: Annotated[int | None, typer.Option(help="Take the directions from the steps up to this one.")] = None,
+    window: WindowNumber = -1,
     as_json: AsJson = False,
 ) -> None:
     """Rank-r reconstruction of an observed checkpoint (Algorithm 1 of the paper).
@@ -122,7 +174,7 @@ def reconstruct(
     scores like the checkpoint itself, those directions hold what the run learned.
     """
     with clear_errors():
-        opened = Trajectory(trajectory)
+        opened = Trajectory(trajectory, window)
         with element_bar(opened, f"rank {rank}, step {step}") as advance:
             face.reconstruct(opened, step, rank, out=out, t_cut=t_cut, progress=advance)
     if as_json:

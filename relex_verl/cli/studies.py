@@ -18,6 +18,7 @@ from relex_verl.cli.arguments import (
     Rank,
     Revisions,
     TrajectoryFolder,
+    WindowNumber,
     methods_of,
     steps_of,
     tensors_of,
@@ -49,6 +50,7 @@ def diagnose(
             help="Draw the coefficients and components of these, names or parts of names; else what moved most."
         ),
     ] = None,
+    window: WindowNumber = -1,
     as_json: AsJson = False,
 ) -> None:
     """How low-rank and how straight each tensor's path is (the paper's Findings 1 and 2, Figures 4 and 5).
@@ -58,16 +60,16 @@ def diagnose(
     sketch only the explained variance is known.
     """
     with clear_errors():
-        opened = Trajectory(trajectory)
-        window = analysis.window(opened, t_cut, fit_from)
+        opened = Trajectory(trajectory, window)
+        fitted = analysis.window(opened, t_cut, fit_from)
         shapes = [opened.index.tensors[name] for name in opened.names]
-        fits = fit_report(window, shapes, rank)
+        fits = fit_report(fitted, shapes, rank)
         targets = steps_of(target, "--target") if target else []
         chosen = tensors_of(tensor, opened.names) if tensor else []
-        figures = diagnosis_figures(out, window, targets, chosen) if out else {}
+        figures = diagnosis_figures(out, fitted, targets, chosen) if out else {}
     if as_json:
         shown = {name: str(path) for name, path in figures.items()}
-        print_json({"steps": list(window.steps), **vars(fits), "figures": shown})
+        print_json({"steps": list(fitted.steps), **vars(fits), "figures": shown})
         return
     table = [{**row, "shape": "x".join(map(str, row["shape"]))} for row in fits.tensors]
     blank = dict.fromkeys(table[0])
@@ -95,6 +97,7 @@ def compare(
     ] = None,
     out: Figures = None,
     allow_pickle: AllowPickle = False,
+    window: WindowNumber = -1,
     as_json: AsJson = False,
 ) -> None:
     """Predictions against the true later weights: cosine and norm ratio of the deltas (Figure 6, Appendix B).
@@ -104,7 +107,7 @@ def compare(
     Algorithm 1 over the whole trajectory: a projection, so its norm ratio is its cosine.
     """
     with clear_errors():
-        opened, methods = Trajectory(trajectory), methods_of(method)
+        opened, methods = Trajectory(trajectory, window), methods_of(method)
         fit = {"rank": rank, "fit_from": fit_from}
         if checkpoints is None and hub is None:
             aligned = analysis.align_observed(opened, t_cut, methods, _later_steps(opened, t_cut, steps), **fit)
@@ -176,6 +179,7 @@ def backtest(
     fit_from: FitFrom = 1,
     rank: Rank = 1,
     out: Figures = None,
+    window: WindowNumber = -1,
     as_json: AsJson = False,
 ) -> None:
     """Predict the last observed row from each prefix, and compare with simply keeping the prefix's last checkpoint.
@@ -184,10 +188,10 @@ def backtest(
     any task, and no weights are read.
     """
     with clear_errors():
-        opened = Trajectory(trajectory)
+        opened = Trajectory(trajectory, window)
         opened.row_codec()  # a sketch's rows are smoothed by the last one, too
-        window = analysis.window(opened, t_cut, fit_from)
-        steps, rows = window.steps, analysis.backtests(window, methods_of(method), rank)
+        fitted = analysis.window(opened, t_cut, fit_from)
+        steps, rows = fitted.steps, analysis.backtests(fitted, methods_of(method), rank)
         if not rows:
             raise ValueError(f"{trajectory} holds {len(steps)} observed steps: a backtest of {method} needs more")
         figures = backtest_figure(out, rows, steps[-1]) if out else []
@@ -212,6 +216,7 @@ def sweep(
     method: Methods = "relex",
     rank: Rank = 1,
     fit_from: FitFrom = 1,
+    window: WindowNumber = -1,
     as_json: AsJson = False,
 ) -> None:
     """Write a grid of predictions (the paper's Table 3) and OUT/manifest.json, which an evaluator can walk.
@@ -219,7 +224,7 @@ def sweep(
     Interrupted, the same command goes on: what is complete is not written again.
     """
     with clear_errors():
-        opened = Trajectory(trajectory)
+        opened = Trajectory(trajectory, window)
         cuts, targets, methods = steps_of(t_cut, "--t-cut"), steps_of(target, "--target"), methods_of(method)
         pairs = [(cut, step) for cut in cuts for step in targets if step > cut]
         if not pairs:

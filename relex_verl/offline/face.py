@@ -94,6 +94,7 @@ def extrapolate(
     *,
     out: Folder,
     fit_from: int = 1,
+    window: int | None = None,
     progress: Progress = lambda elements: None,
 ) -> Path:
     """Predict the checkpoint of a later step from the trajectory alone, as a Hugging Face checkpoint with `relex.json`.
@@ -111,6 +112,7 @@ def extrapolate(
         rank: directions kept for each tensor; the paper uses 1.
         out: gets <method>-step_<target>/.
         fit_from: first step that takes part in the fit: leaves a warm-up out.
+        window: of a run that jumped, from 0; None for the one that is open, of a folder the last.
         progress: called with the number of elements of each shard written.
 
     Returns:
@@ -120,7 +122,7 @@ def extrapolate(
         TrajectoryError: nothing was observed up to the cut, or the cut lies beyond what was.
         ValueError: no such method, too few steps for it, a target not after the cut; the folder holds another prediction.
     """
-    opened = _opened(trajectory)
+    opened = _opened(trajectory, window)
     observed = analysis.observed_until(opened, t_cut)
     cut = observed[-1] if t_cut is None else t_cut
     if method not in METHODS:
@@ -128,7 +130,8 @@ def extrapolate(
     if target <= cut:
         raise ValueError(f"target {target} is not after t_cut {cut}: give a later step, or cut earlier")
     prediction = Prediction(method, target, rank, fit_from)
-    facts = Provenance.of(prediction, opened.index.base_model, cut, observed, opened.folder.resolve())
+    place = opened.folder.resolve()
+    facts = Provenance.of(prediction, opened.index.base_model, cut, observed, place, opened.number)
     shards = predicting.extrapolate(opened, cut, prediction)
     return analysis.write_prediction(opened, shards, Path(out) / prediction.folder_name, facts, progress)
 
@@ -140,6 +143,7 @@ def reconstruct(
     *,
     out: Folder,
     t_cut: int | None = None,
+    window: int | None = None,
     progress: Progress = lambda elements: None,
 ) -> Path:
     """Rank-r reconstruction of an observed checkpoint (the paper's Algorithm 1), as a Hugging Face checkpoint.
@@ -155,6 +159,7 @@ def reconstruct(
         rank: directions kept for each tensor.
         out: folder of the checkpoint.
         t_cut: take the directions from the steps up to this one; from all of them for None.
+        window: which window's steps, see `extrapolate`.
         progress: called with the number of elements of each shard written.
 
     Returns:
@@ -163,16 +168,22 @@ def reconstruct(
     Raises:
         TrajectoryError: the step was not observed, or lies after the cut.
     """
-    opened = _opened(trajectory)
+    opened = _opened(trajectory, window)
     observed = analysis.observed_until(opened, t_cut)
-    place = opened.folder.resolve()
-    facts = Provenance.of_reconstruction(step, rank, opened.index.base_model, observed, place).to_json()
+    facts = Provenance.of_reconstruction(
+        step, rank, opened.index.base_model, observed, opened.folder.resolve(), opened.number
+    ).to_json()
     shards = analysis.reconstruct(opened, step, rank, t_cut)
     return predicting.write_checkpoint(opened, shards, Path(out), facts, progress=progress)
 
 
 def diagnose(
-    trajectory: Trajectory | Folder, t_cut: int | None = None, *, rank: int = 1, fit_from: int = 1
+    trajectory: Trajectory | Folder,
+    t_cut: int | None = None,
+    *,
+    rank: int = 1,
+    fit_from: int = 1,
+    window: int | None = None,
 ) -> Diagnosis:
     """How low-rank and how straight each tensor's path is, beside what a pure random walk shows. No weights are read.
 
@@ -184,16 +195,18 @@ def diagnose(
         t_cut: the observed steps up to this one; all of them for None.
         rank: directions counted in the explained variance.
         fit_from: first step that takes part.
+        window: which window's steps, see `extrapolate`.
 
     Raises:
         TrajectoryError: nothing was observed up to the cut, or the cut lies beyond what was; no step is left.
     """
-    opened = _opened(trajectory)
-    window = analysis.window(opened, t_cut, fit_from)
+    opened = _opened(trajectory, window)
+    rows = analysis.window(opened, t_cut, fit_from)
     shapes = [opened.index.tensors[name] for name in opened.names]
-    fits = fit_report(window, shapes, rank)
-    return Diagnosis(list(window.steps), fits.tensors, fits.summary, fits.random_walk_null)
+    fits = fit_report(rows, shapes, rank)
+    return Diagnosis(list(rows.steps), fits.tensors, fits.summary, fits.random_walk_null)
 
 
-def _opened(trajectory: Trajectory | Folder) -> Trajectory:
-    return trajectory if isinstance(trajectory, Trajectory) else Trajectory(trajectory)
+def _opened(trajectory: Trajectory | Folder, window: int | None) -> Trajectory:
+    opened = trajectory if isinstance(trajectory, Trajectory) else Trajectory(trajectory)
+    return opened if window is None else opened.of_window(window)

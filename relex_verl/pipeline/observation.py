@@ -15,7 +15,7 @@ class Observation:
         step: the training step.
         changed_share: share of the weights whose change since the row before was not 0 (as it is kept); NaN for a
             sketch, which does not keep the row before.
-        stored_bytes: bytes that the trajectory holds of all steps (those of a sketch are written by `save`).
+        stored_bytes: bytes that the trajectory holds of the window's steps (those of a sketch are written by `save`).
         changed_share_L, stored_bytes_L: the same of each tensor, (L,).
     """
 

@@ -40,6 +40,7 @@ class Provenance(Record):
         fit_from: the first step that took part in the fit, of a method in METHODS.
         step: the step that was reconstructed.
         settings: of a baseline.
+        window: of the trajectory, where it is not the first.
     """
 
     base_model: str
@@ -53,11 +54,18 @@ class Provenance(Record):
     fit_from: int | None = field(default=None, kw_only=True, metadata=IF_KNOWN)
     step: int | None = field(default=None, kw_only=True, metadata=IF_KNOWN)
     settings: dict[str, Any] | None = field(default=None, kw_only=True, metadata=IF_KNOWN)
+    window: int | None = field(default=None, kw_only=True, metadata=IF_KNOWN)
     schema_version: int = 1
 
     @classmethod
     def of(
-        cls, prediction: Prediction, base_model: str, t_cut: int, observed: Sequence[int], trajectory: Path
+        cls,
+        prediction: Prediction,
+        base_model: str,
+        t_cut: int,
+        observed: Sequence[int],
+        trajectory: Path,
+        window: int = 0,
     ) -> "Provenance":
         """Of the prediction of a method in METHODS, made now."""
         return cls(
@@ -70,6 +78,7 @@ class Provenance(Record):
             str(trajectory),
             versions(),
             fit_from=prediction.fit_from,
+            window=window or None,
         )
 
     @classmethod
@@ -82,18 +91,19 @@ class Provenance(Record):
         t_cut: int,
         observed: Sequence[int],
         trajectory: Path,
+        window: int = 0,
     ) -> "Provenance":
         """Of the prediction of a baseline, made now."""
         made = (base_model, method, 1, t_cut, target, list(observed), str(trajectory), versions())
-        return cls(*made, settings=settings)
+        return cls(*made, settings=settings, window=window or None)
 
     @classmethod
     def of_reconstruction(
-        cls, step: int, rank: int, base_model: str, observed: Sequence[int], trajectory: Path
+        cls, step: int, rank: int, base_model: str, observed: Sequence[int], trajectory: Path, window: int = 0
     ) -> "Provenance":
         """Of an observed step as the top directions of the observed steps give it, made now."""
         made = (base_model, "reconstruction", rank, observed[-1], step, list(observed), str(trajectory), versions())
-        return cls(*made, step=step)
+        return cls(*made, step=step, window=window or None)
 
     def differing(self, other: "Provenance") -> list[tuple[str, Any, Any]]:
         """Key, ours and theirs of what makes other weights; versions are said not to."""
@@ -117,6 +127,8 @@ class Checkout(Record):
         max_error: how far a weight can be from the engine's own.
         trajectory: its folder.
         versions: of what gave it back.
+        window: of the trajectory, where it is not the first.
+        after_jump: whether these are the weights with which training went on after a jump at that step, or an undone one.
     """
 
     base_model: str
@@ -124,9 +136,20 @@ class Checkout(Record):
     max_error: float
     trajectory: str
     versions: dict[str, str]
+    window: int | None = field(default=None, kw_only=True, metadata=IF_KNOWN)
+    after_jump: bool | None = field(default=None, kw_only=True, metadata=IF_KNOWN)
     schema_version: int = 1
 
     @classmethod
-    def of(cls, step: int, max_error: float, base_model: str, trajectory: Path) -> "Checkout":
+    def of(
+        cls,
+        step: int,
+        max_error: float,
+        base_model: str,
+        trajectory: Path,
+        window: int = 0,
+        after_jump: bool = False,
+    ) -> "Checkout":
         """Of a step that is given back now."""
-        return cls(base_model, step, max_error, str(trajectory), versions())
+        made = (base_model, step, max_error, str(trajectory), versions())
+        return cls(*made, window=window or None, after_jump=after_jump or None)

@@ -16,6 +16,7 @@ R = TypeVar("R", bound="Record")
 # Metadata of a field that is left out of the file where it is None.
 IF_KNOWN = {"written": "if known"}
 NAMES = {dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number"}
+NAMES[bool] = "true or false"
 
 
 class RecordError(ValueError):

@@ -167,6 +167,11 @@ class Trajectory:
         return self.record.steps
 
     @property
+    def windows(self) -> list[WindowRecord]:
+        """What the index says of every window, in their order."""
+        return self.index.windows
+
+    @property
     def names(self) -> list[str]:
         """Names of the observed tensors, in the order of the stacks."""
         return list(self.index.tensors)
@@ -242,7 +247,10 @@ class Trajectory:
         """
         steps = [step for step in self.steps if cut is None or step <= cut]
         if not steps:
-            raise TrajectoryError(f"{self.folder} holds no step up to {cut}; it holds {self.steps or 'none'}")
+            limit = "" if cut is None else f" up to {cut}"
+            begun = f" in window {self.number}, which begins at {self.record.origin_step}"
+            where = begun if len(self.windows) > 1 else ""
+            raise TrajectoryError(f"{self.folder} holds no step{limit}{where}; it holds {self.steps or 'none'}")
         if not self.kind.keeps_rows and steps[-1] not in self.record.stored:
             raise TrajectoryError(
                 f"{self.folder} is a sketch, and can be cut only where it was stored: at {step_ranges(self.record.stored)}"

@@ -44,10 +44,17 @@ def delta(states, step, name):
 observed_steps = st.lists(st.integers(1, 200), min_size=1, max_size=12, unique=True).map(sorted)
 
 
+def rows_at(steps, origin=0):
+    def until(cut):
+        return [step for step in steps if step <= cut]
+
+    return SimpleNamespace(steps=steps, steps_until=until, record=SimpleNamespace(origin_step=origin))
+
+
 @given(observed_steps, st.integers(1, 500))
 def test_a_cut_may_lie_between_rows_and_not_where_more_were_to_be_expected(steps, cut):
     """A regularly observed run never has a cut refused before its next row is missing, and always after."""
-    rows = SimpleNamespace(steps=steps, steps_until=lambda at: [step for step in steps if step <= at])
+    rows = rows_at(steps)
     gaps = [late - early for early, late in pairwise(steps)] or [steps[0]]
     if cut < steps[-1] + max(gaps):
         assert analysis.observed_until(rows, cut) == [step for step in steps if step <= cut]
@@ -59,8 +66,14 @@ def test_a_cut_may_lie_between_rows_and_not_where_more_were_to_be_expected(steps
 @pytest.mark.parametrize(("cut", "seen"), [(75, 70), (70, 70), (79, 70), (85, 80), (89, 80)])
 def test_rows_every_ten_steps(cut, seen):
     steps = list(range(10, 81, 10))
-    rows = SimpleNamespace(steps=steps, steps_until=lambda at: [step for step in steps if step <= at])
+    rows = rows_at(steps)
     assert analysis.observed_until(rows, cut)[-1] == seen
+
+
+def test_one_row_is_as_far_from_the_next_as_from_its_origin():
+    assert analysis.observed_until(rows_at([45], 40), 49) == [45]
+    with pytest.raises(TrajectoryError, match="--t-cut 50: the last observed step is 45"):
+        analysis.observed_until(rows_at([45], 40), 50)
 
 
 def test_a_window_without_its_first_rows(trajectory):

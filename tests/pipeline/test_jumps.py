@@ -18,6 +18,7 @@ from relex_verl.pipeline.collectives import PeerError
 from relex_verl.pipeline.observer import Observer
 from relex_verl.pipeline.prediction import extrapolate, predicted_tensors
 from relex_verl.trajectory import replay
+from relex_verl.trajectory.holding import window_holding
 from relex_verl.trajectory.index import TrajectoryError
 from relex_verl.trajectory.kinds import KINDS
 from relex_verl.trajectory.store import Trajectory
@@ -44,6 +45,9 @@ def check(folder: Path, script: Script) -> None:
         )
         for shard in replay.origins(window):
             assert torch.equal(shard.data, part(history.gone_on[record.origin_step], shard))
+        assert all(window_holding(trajectory, step).number == number for step in record.steps)
+        if begun != "plain":
+            assert window_holding(trajectory, record.origin_step, after_jump=True).number == number
         if record.steps:
             check_rows(window, history)
 

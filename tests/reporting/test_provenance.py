@@ -35,6 +35,17 @@ def test_keys_are_there_where_they_say_something() -> None:
     assert (REBUILT.t_cut, REBUILT.target, REBUILT.to_json()["step"]) == (30, 20, 20)
 
 
+def test_a_window_is_named_where_it_is_not_the_first() -> None:
+    facts = (Prediction("relex", 60, 2, 3), "base", 30, [10, 20, 30], Path("/t"))
+    assert Provenance.of(*facts, 0).to_json() == PREDICTED.to_json()
+    assert PREDICTED.differing(Provenance.of(*facts, 2)) == [("window", None, 2)]
+    checkout = Checkout.of(20, 0.0, "base", Path("/t"), 1, True).to_json()
+    assert (checkout["window"], checkout["after_jump"]) == (1, True)
+    assert not {"window", "after_jump"} & Checkout.of(20, 0.0, "base", Path("/t")).to_json().keys()
+    with pytest.raises(RecordError, match="after_jump has to be true or false, not 1"):
+        Checkout.from_json({**checkout, "after_jump": 1})
+
+
 @pytest.mark.parametrize("provenance", [PREDICTED, BASELINE, REBUILT], ids=lambda one: one.method)
 def test_it_is_read_back(provenance: Provenance, tmp_path: Path) -> None:
     (tmp_path / "relex.json").write_text(json.dumps(provenance.to_json()))

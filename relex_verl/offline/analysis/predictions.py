@@ -93,7 +93,8 @@ def sweep(
             continue
         prediction = Prediction(method, target, rank, fit_from)
         folder, place = out / f"cut_{cut}" / prediction.folder_name, trajectory.folder.resolve()
-        provenance = Provenance.of(prediction, trajectory.index.base_model, cut, rows_of[cut], place)
+        facts = (prediction, trajectory.index.base_model, cut, rows_of[cut], place, trajectory.number)
+        provenance = Provenance.of(*facts)
         advance = partial(progress, f"cut {cut}, {prediction.folder_name}")
         if _is_complete(folder, provenance):
             advance(trajectory.elements)

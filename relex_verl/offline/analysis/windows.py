@@ -31,7 +31,8 @@ def observed_until(trajectory: Trajectory, cut: int | None) -> list[int]:
             fitted there would not be what its name says.
     """
     steps, everything = trajectory.steps_until(cut), trajectory.steps
-    gap = max((late - early for early, late in pairwise(everything)), default=everything[0])
+    first = everything[0] - trajectory.record.origin_step
+    gap = max((late - early for early, late in pairwise(everything)), default=first)
     if cut is not None and cut >= everything[-1] + gap:
         raise TrajectoryError(
             f"--t-cut {cut}: the last observed step is {everything[-1]}; cut there, or record more of the run"
@@ -78,7 +79,10 @@ def reconstruct(trajectory: Trajectory, step: int, rank: int, cut: int | None = 
     """
     steps = observed_until(trajectory, cut)
     if step not in steps:
-        raise TrajectoryError(f"--step {step} is not among the {len(steps)} observed steps {steps[0]} to {steps[-1]}")
+        where = f" of window {trajectory.number}" if len(trajectory.windows) > 1 else ""
+        raise TrajectoryError(
+            f"--step {step} is not among the {len(steps)} observed steps {steps[0]} to {steps[-1]}{where}"
+        )
     rows = replay.window(trajectory, cut)
     weights_LT = reconstruction_weights(rows, step, rank)
     return weighted_tensors(replay.histories(trajectory, cut), trajectory.kind, rows, weights_LT)
