@@ -26,7 +26,7 @@ def window_at(trajectory: Trajectory, step: int) -> Trajectory | None:
     back = copy(trajectory)
     back.index = deepcopy(trajectory.index)
     last, given_up = back.index.windows[-1].last, set(back.index.given_up)
-    lost = min((begun for begun in given_up if last < begun <= step), default=None)
+    lost = min((begun for begun in given_up if last < begun < step), default=None)
     if lost is not None:
         raise TrajectoryError(
             f"{back.folder} was resumed before step {lost}, at which a window began, and knows nothing of what this run "
