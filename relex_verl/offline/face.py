@@ -94,6 +94,7 @@ def extrapolate(
     *,
     out: Folder,
     fit_from: int = 1,
+    merge: bool = False,
     progress: Progress = lambda elements: None,
 ) -> Path:
     """Predict the checkpoint of a later step from the trajectory alone, as a Hugging Face checkpoint with `relex.json`.
@@ -111,6 +112,7 @@ def extrapolate(
         rank: directions kept for each tensor; the paper uses 1.
         out: gets <method>-step_<target>/.
         fit_from: first step that takes part in the fit: leaves a warm-up out.
+        merge: of LoRA: full weights instead of the adapters.
         progress: called with the number of elements of each shard written.
 
     Returns:
@@ -130,7 +132,7 @@ def extrapolate(
     prediction = Prediction(method, target, rank, fit_from)
     facts = Provenance.of(prediction, opened.index.base_model, cut, observed, opened.folder.resolve())
     shards = predicting.extrapolate(opened, cut, prediction)
-    return analysis.write_prediction(opened, shards, Path(out) / prediction.folder_name, facts, progress)
+    return analysis.write_prediction(opened, shards, Path(out) / prediction.folder_name, facts, progress, merge)
 
 
 def reconstruct(
