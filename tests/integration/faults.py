@@ -2,9 +2,10 @@
 
 - FAULT=module:name raises from what it names.
 - FAULT_SCORING changes what happens while RELEX validates, and only then, after the first FAULT_AFTER validations: "hang"
-  keeps every answer back, "raise" fails in every reward, "flatter" gives every answer of a prediction the full reward,
-  whatever the model said, "nan" makes every predicted weight one, "kill" kills vLLM's engine as the first prompt comes.
-  FAULT_MARKER is the file by which the driver tells the other processes that it is so far.
+  keeps every answer back, those to every second prompt before they are generated, "raise" fails in every reward,
+  "flatter" gives every answer of a prediction the full reward, whatever the model said, "nan" makes every predicted
+  weight one, "kill" kills vLLM's engine as the first prompt comes. FAULT_MARKER is the file by which the driver tells the
+  other processes that it is so far.
 - FAULT_UNRESTORED=step leaves the rollout with the weights that were scored last after the cut at that step.
 """
 
@@ -89,12 +90,18 @@ def _disturb_answers(agent_loop: Any) -> None:
     loop = agent_loop.SeededSingleTurnAgentLoop
     run, score = loop.run, loop._score
 
+    async def held_back() -> None:
+        while SCORING == "hang" and MARKER.exists():
+            await asyncio.sleep(0.05)
+
     async def late(self: Any, *args: Any, **kwargs: Any) -> Any:
         if SCORING == "kill" and MARKER.exists():
             _kill_engines()
-        while SCORING == "hang" and MARKER.exists():
-            await asyncio.sleep(0.05)
-        return await run(self, *args, **kwargs)
+        if int(kwargs["index"]) % 2:
+            await held_back()
+        answer = await run(self, *args, **kwargs)
+        await held_back()
+        return answer
 
     def judged(self: Any, *args: Any) -> float:
         if SCORING == "raise" and MARKER.exists():
