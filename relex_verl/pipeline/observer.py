@@ -12,6 +12,7 @@ import torch
 
 from relex_verl.maths.window import Window
 from relex_verl.pipeline import resuming, windows
+from relex_verl.pipeline.adapters import take_first_origin
 from relex_verl.pipeline.collectives import Collectives
 from relex_verl.pipeline.engine_shards import counted, exhausted
 from relex_verl.pipeline.observation import Observation
@@ -42,6 +43,7 @@ class Observer:
         run: Mapping[str, Any],
         kind: Kind,
         ranks: Collectives | None = None,
+        adapters: Mapping[str, Any] | None = None,
     ) -> None:
         """Nothing is read or written yet.
 
@@ -52,8 +54,9 @@ class Observer:
             run: what identifies the training run.
             kind: what is kept of the weights.
             ranks: of the training; those of the default process group for None.
+            adapters: `adapter_config.json` where LoRA adapters of it are trained; None for its own weights.
         """
-        self.kind, self.ranks = kind, ranks or Collectives()
+        self.kind, self.ranks, self.adapters = kind, ranks or Collectives(), adapters
         self.folder, self.base_model, self.aliases, self.run = folder, base_model, dict(aliases), dict(run)
         self.collector = collector_of(kind)
         self.shapes: dict[str, tuple[int, ...]] = {}  # of all tensors of all ranks, in the order of the stacks
@@ -78,10 +81,11 @@ class Observer:
             ValueError: a tensor is not in the base checkpoint, or its elements are not covered exactly once.
         """
         with self.ranks.together():
-            self._base = BaseCheckpoint(resolve_model(self.base_model))
+            self._base = BaseCheckpoint(resolve_model(self.base_model)) if self.adapters is None else None
         with self.ranks.together():
             held_here = [(shard.name, shard.shape, shard.placement) for shard in source]
-            resuming.check_names(held_here, self.base)
+            if self._base is not None:
+                resuming.check_names(held_here, self._base)
         shared = share_out(self.ranks.gather(held_here))
         mine = shared[self.ranks.rank]
         with self.ranks.together():
@@ -108,15 +112,20 @@ class Observer:
             TrajectoryError: the folder holds the trajectory of another run, or of another number of ranks; a damaged origin.
         """
         tensors = {name: list(shape) for name, shape in self.shapes.items()}
-        index = TrajectoryIndex(self.base_model, self.kind.name, self.ranks.world_size, tensors, self.aliases, self.run)
+        facts = self.kind.name, self.ranks.world_size, tensors, self.aliases, self.run
+        index = TrajectoryIndex(self.base_model, *facts, adapters=self.adapters is not None)
         existing = resuming.find(self.ranks, self.folder, index, step)
         if existing is None:
-            self._trajectory = resuming.create(self.ranks, self.folder, index, self.held, self._states, self.base)
+            if self.adapters is not None and step:
+                take_first_origin(self.ranks, self.folder, index.tensors, self.held, step)
+            base = self.base if self.adapters is None else self.adapters
+            self._trajectory = resuming.create(self.ranks, self.folder, index, self.held, self._states, base)
         else:
             windows.go_on(self.ranks, existing, self.collector)
             self._trajectory = existing
             self.replays = existing.record if existing.number and existing.record.origin_step == step else None
             self._count_bytes()
+        self._base = self._base or self.trajectory.base()
 
     def begin_window(
         self, step: int, source: ShardSource, jump: Mapping[str, Any] | None = None, undone: bool = False
@@ -261,7 +270,7 @@ class Observer:
 
     @property
     def base(self) -> BaseCheckpoint:
-        """The base model; `start` comes first."""
+        """What checkpoints are laid out like, see `Trajectory.base`; `start` comes first, of adapters `open`."""
         assert self._base is not None
         return self._base
 

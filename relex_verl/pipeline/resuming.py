@@ -4,9 +4,11 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from relex_verl.pipeline.adapters import write_origin
 from relex_verl.pipeline.collectives import Collectives
 from relex_verl.trajectory.collectors import Held
 from relex_verl.trajectory.going_back import forget, readable_until, window_at
@@ -81,7 +83,7 @@ def create(
     index: TrajectoryIndex,
     held: Mapping[str, Held],
     states: torch.Tensor,
-    base: BaseCheckpoint,
+    base: BaseCheckpoint | Mapping[str, Any],
 ) -> Trajectory:
     """Begin one, in place of what is there.
 
@@ -91,18 +93,23 @@ def create(
         index: what it says; whether theta_0 is the base model is found out here.
         held: this rank's shards, with theta_0.
         states: their theta_0 end to end.
-        base: the base model.
+        base: the base model; of adapters the content of their `adapter_config.json`.
 
     Raises:
         TrajectoryError: a rank does not see what rank 0 writes.
     """
-    is_base = False
+    is_base = True  # adapters: what is read as theta_0 is written here
     with ranks.together():
-        is_base = all(_same_bits(base.read(name, shard.placement), shard.state) for name, shard in held.items())
+        if isinstance(base, BaseCheckpoint):
+            is_base = all(_same_bits(base.read(name, shard.placement), shard.state) for name, shard in held.items())
     everywhere_base = all(ranks.gather(is_base))
     with ranks.together():
         if ranks.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
+    if not isinstance(base, BaseCheckpoint):
+        write_origin(ranks, folder, index, base, held)
+    with ranks.together():
+        if ranks.rank == 0:
             index.windows = [WindowRecord(0, "base" if everywhere_base else "stored")]
             Trajectory.create(folder, index)
     with ranks.together():
@@ -173,6 +180,7 @@ def _check_same_run(there: TrajectoryIndex, here: TrajectoryIndex, folder: Path)
 
 def _identity(index: TrajectoryIndex) -> dict[str, object]:
     facts = {"base model": index.base_model, "ranks": index.world_size, "encoding": index.encoding}
+    facts["adapters"] = index.adapters
     return {**facts, **index.run}
 
 

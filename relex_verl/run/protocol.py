@@ -114,6 +114,14 @@ class Engine(Protocol):
     def aliases(self) -> dict[str, str]:
         """Tied name -> the name that holds its elements."""
 
+    @property
+    def adapters(self) -> Mapping[str, Any] | None:
+        """`adapter_config.json` where LoRA adapters are trained and `shards` hands out those; None where the weights are.
+
+        Raises:
+            ValueError: adapters that cannot be followed.
+        """
+
     def shards(self, master: bool) -> ShardSource:
         """The weights: float32 master weights, or their bfloat16 rounding. Called once."""
 

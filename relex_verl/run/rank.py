@@ -48,8 +48,9 @@ class RelexRank:
                 kind = KINDS[kind.fallback]
             self._setup, self._engine, self._cost = setup, engine, ""
             self._source = engine.shards(master=kind.wants_master and self._reason is None)
-            folder, run = setup.output_dir / "trajectory", setup.run
-            self._observer = Observer(folder, run.base_model, engine.aliases, run.names, kind, self._ranks)
+            folder, run, adapters = setup.output_dir / "trajectory", setup.run, engine.adapters
+            made_of = run.base_model, engine.aliases, run.names, kind, self._ranks, adapters
+            self._observer = Observer(folder, *made_of)
 
     def start(self) -> Started:
         """Check memory and disk and take theta_0, before a checkpoint is loaded."""
@@ -177,9 +178,11 @@ class RelexRank:
             facts = admission.RankFacts(socket.gethostname(), elements, available, on_host)
             free = machine.free_disk(setup.output_dir) if self._ranks.rank == 0 else None
         everyone = self._ranks.gather((facts, free))
-        every, checkpoint = setup.plans[kind.name].observe_every, self._observer.base.nbytes
+        every, ranks = setup.plans[kind.name].observe_every, [rank for rank, _ in everyone]
+        # Adapters are written in float32, and have no base that could say so yet.
+        adapters = 4 * sum(rank.elements for rank in ranks)
+        checkpoint = self._observer.base.nbytes if self._observer.adapters is None else adapters
         workload = Workload(kind, tensors, rows, every, setup.predictions, rows_held=rows_held, checkpoint=checkpoint)
-        ranks = [rank for rank, _ in everyone]
         estimate = admission.estimate(workload, ranks, disk_free=everyone[0][1], output_dir=setup.output_dir)
         with self._ranks.together():
             estimate.admit()

@@ -282,7 +282,8 @@ class CheckpointWriter:
                     view, offset = view[written:], offset + written
 
     def _write_index(self) -> None:
-        if list(self._header) != ["model.safetensors"]:  # any other layout is found through its index only
+        # Any other layout is found through its index only, but for PEFT's, which has none.
+        if list(self._header) not in (["model.safetensors"], ["adapter_model.safetensors"]):
             weight_map = {name: entry.file for name, entry in self.base.entries.items()}
             write_json(self.partial / INDEX_NAME, {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map})
 

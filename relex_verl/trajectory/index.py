@@ -20,8 +20,9 @@ __all__ = [
     "write_index",
 ]
 
-# 1 (0.1.0): one window, whose rank folders stand in the trajectory's own folder. 2: a folder for each window.
-SCHEMA_VERSION = 2
+# 1 (0.1.0): one window, whose rank folders stand in the trajectory's own folder. 2: a folder for each window. 3: LoRA
+# adapters; a trajectory of whole weights is written in schema 2 still, for the versions that know no other.
+SCHEMA_VERSION = 3
 
 
 class TrajectoryError(RuntimeError):
@@ -40,6 +41,8 @@ class TrajectoryIndex:
         aliases: tied name -> the name in `tensors` that holds its elements.
         run: what identifies the training run.
         windows: at least one, ascending origin steps.
+        adapters: LoRA adapters of the base are followed; the folder `adapter` below has those before the first step, and
+            what is written of them is laid out like it.
         schema_version: of the file; a trajectory of an older one is gone on with in its own.
         given_up: the steps at which windows began that do not count any more, since the run was resumed from before them.
     """
@@ -51,12 +54,13 @@ class TrajectoryIndex:
     aliases: dict[str, str]
     run: dict[str, Any]
     windows: list[WindowRecord] = field(default_factory=lambda: [WindowRecord()])
-    schema_version: int = SCHEMA_VERSION
+    adapters: bool = False
+    schema_version: int = 2
     given_up: list[int] = field(default_factory=list)
 
 
 def read_index(folder: Path) -> TrajectoryIndex:
-    """The index of a trajectory, of schema 1 or 2.
+    """The index of a trajectory, of schema 1 to 3.
 
     Raises:
         TrajectoryError: there is none, or one that this version cannot read.
@@ -94,6 +98,10 @@ def write_index(folder: Path, index: TrajectoryIndex) -> None:
     content = asdict(index)
     if not index.given_up:
         del content["given_up"]
+    if index.adapters:
+        content["schema_version"] = 3
+    else:
+        del content["adapters"]
     for window in content["windows"]:
         if index.schema_version == 1:
             del window["folder"]

@@ -2,6 +2,7 @@
 
     trajectory/
       index.json                     schema, base model, kind, tensors, and the windows: origin and committed steps
+      adapter/                       of LoRA only: the adapters before the first step, as PEFT writes them
       window_000/rank_00000/         a folder for each window, in it one for each rank:
         placements.json              which elements of which tensors this rank holds
         origin.safetensors           theta_0, only when it is not the base model
@@ -44,10 +45,11 @@ from relex_verl.trajectory.origin import Origin
 from relex_verl.trajectory.shards import Placement
 from relex_verl.trajectory.windows import check_windows
 
-__all__ = ["Trajectory", "TrajectoryError"]
+__all__ = ["ADAPTER_FOLDER", "Trajectory", "TrajectoryError"]
 
 # Files of a sketch that are kept.
 KEPT_SKETCHES = 2
+ADAPTER_FOLDER = "adapter"
 
 
 class Trajectory:
@@ -177,8 +179,10 @@ class Trajectory:
         return list(self.index.tensors)
 
     def base(self) -> BaseCheckpoint:
-        """The base model, found by the path or Hub id in the index."""
-        return BaseCheckpoint(resolve_model(self.index.base_model))
+        """What theta_0 is read from and checkpoints are laid out like: the base model, found by the path or Hub id in the
+        index; of LoRA the adapters before the first step."""
+        adapters = self.index.adapters
+        return BaseCheckpoint(self.folder / ADAPTER_FOLDER if adapters else resolve_model(self.index.base_model))
 
     @property
     def kind(self) -> Kind:

@@ -126,6 +126,7 @@ class Engine:
 
     no_master = None
     optimizer_on_host = True
+    adapters = None
     aliases: dict[str, str]
 
     def __init__(self, model: DriftingModel, rank: int = 0, world: int = 1) -> None:
