@@ -10,7 +10,18 @@ from typing import Any
 
 import torch
 
-__all__ = ["Own", "has_float32_master", "kept_state", "own_weights", "reset_optimizer", "reshard", "restore_state"]
+from relex_verl.trajectory.shards import Placement, block_placement
+
+__all__ = [
+    "Own",
+    "has_float32_master",
+    "kept_state",
+    "own_weights",
+    "placement_of",
+    "reset_optimizer",
+    "reshard",
+    "restore_state",
+]
 
 # Name in the module, (n,) this rank's elements of it, verl's ShardSpec of where they lie in the whole tensor.
 Own = tuple[str, torch.Tensor, Any]
@@ -26,7 +37,7 @@ def has_float32_master(engine: Any) -> str | None:
         FSDPEngine.get_per_tensor_param_shard
     ):
         return f"{type(engine).__name__} hands out bfloat16 weights only"
-    dtype = next(engine.module.parameters()).dtype
+    dtype = next(parameter.dtype for parameter in engine.module.parameters() if parameter.requires_grad)
     return (
         None
         if dtype == torch.float32
@@ -74,6 +85,16 @@ def _flat_weights(module: torch.nn.Module) -> Iterator[Own]:
             full_name = _plain(f"{prefix}.{name}")
             if tensor is not None and full_name not in flat and name != "_flat_param":
                 yield full_name, tensor.detach().view(-1), ShardSpec(tuple(tensor.shape))
+
+
+def placement_of(spec: Any, elements: int) -> Placement:
+    """Where so many elements of a rank lie in their parameter, as verl's ShardSpec says."""
+    from verl.workers.engine.spec import derive_dtensor_placement
+
+    place = spec.place if spec.place is not None else derive_dtensor_placement(spec)[0]
+    if isinstance(place, int):
+        return Placement((place,), (elements,))
+    return block_placement(place.local_shape, place.global_offset, tuple(spec.full_shape))
 
 
 def _plain(name: str) -> str:

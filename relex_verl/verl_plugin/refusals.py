@@ -12,6 +12,7 @@ import psutil
 from omegaconf import DictConfig, OmegaConf
 
 from relex_verl.run.config import ConfigError
+from relex_verl.verl_plugin.lora import check_lora
 
 __all__ = ["CHECKS", "MODES"]
 
@@ -93,15 +94,6 @@ def check_quantized_training(config: DictConfig) -> None:
         _refuse_engine(config, "qat.enable", f"{cure}, or train without +relex")
     if _engine(config, "qat_implementation", None) not in (None, "none"):
         _refuse_engine(config, "qat_implementation", f"{cure} (none), or train without +relex")
-
-
-def check_lora(config: DictConfig) -> None:
-    """Full weights."""
-    for key in ("lora_rank", "lora.rank", "lora.adapter_path", "lora_adapter_path"):
-        value = OmegaConf.select(config.actor_rollout_ref.model, key)
-        if value:
-            cure = "RELEX does not follow LoRA adapters yet: train full weights, or without +relex"
-            raise ConfigError(f"{MODEL}.{key}", value, cure)
 
 
 def check_weight_transfer(config: DictConfig) -> None:

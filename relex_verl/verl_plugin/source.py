@@ -6,7 +6,7 @@ checkpoint it is (`hub_layout`). Everywhere else (Megatron's fused projections) 
 `conversion`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ from relex_verl.verl_plugin.sending import Sending
 from relex_verl.verl_plugin.ties import tied_names
 
 __all__ = ["EngineSource", "VerlEngine"]
+
+Exported = Iterator[tuple[str, torch.Tensor]]
 
 
 class VerlEngine:
@@ -44,6 +46,10 @@ class VerlEngine:
         """Tied name -> the name that holds its elements, in the checkpoint."""
         return {self._layout.hub_name(tied): self._layout.hub_name(name) for tied, name in self._ties.items()}
 
+    @property
+    def adapters(self) -> None:
+        """Whole weights; an engine with adapters is an `AdapterEngine`."""
+
     def shards(self, master: bool) -> "EngineSource":
         """The engine's weights."""
         return EngineSource(self._engine, master, self._layout)
@@ -51,6 +57,18 @@ class VerlEngine:
     def as_sent(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole tensors of the checkpoint as verl's own exporter would name and cut them for the rollout."""
         return Sending(self._engine, self._layout, self._ties).of(tensors)
+
+    def exporter(self, tensors: Callable[[], Exported]) -> Callable[..., tuple[Exported, None]]:
+        """What verl's weight update calls in place of the engine's `get_per_tensor_param`, to send other weights.
+
+        Args:
+            tensors: collective: name and whole tensor of each of the checkpoint, on all ranks.
+        """
+
+        def export(**_: Any) -> tuple[Exported, None]:
+            return self.as_sent(tensors()), None
+
+        return export
 
 
 class EngineSource:

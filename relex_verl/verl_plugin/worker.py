@@ -18,6 +18,7 @@ from relex_verl.maths.extrapolators import Prediction
 from relex_verl.reporting.findings import Findings
 from relex_verl.run.protocol import Setup, Started, Weights, answers
 from relex_verl.run.rank import RelexRank
+from relex_verl.verl_plugin.adapters import AdapterEngine, peft_config
 from relex_verl.verl_plugin.source import VerlEngine
 
 __all__ = ["RelexActorWorker", "RelexDetachActorWorker"]
@@ -28,13 +29,15 @@ class _RelexWorkerMixin:
 
     actor: Any
     _relex: RelexRank
-    _relex_engine: VerlEngine
+    _relex_engine: VerlEngine | AdapterEngine
+    _relex_exported: Any = None
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     @answers
     def relex_start(self, setup: Setup) -> Started:
         """Check memory and disk and take theta_0 (call it between `init_model` and `load_checkpoint`)."""
-        self._relex_engine = VerlEngine(self.actor.engine)
+        engine = self.actor.engine
+        self._relex_engine = VerlEngine(engine) if peft_config(engine) is None else AdapterEngine(engine)
         self._relex = RelexRank(setup, self._relex_engine)
         return self._relex.start()
 
@@ -67,16 +70,23 @@ class _RelexWorkerMixin:
     def relex_substitute(self, weights: Weights | None) -> None:
         """Let verl's next weight update export other weights than the actor's; None ends it.
 
-        The engine's exporter is shadowed on this one object; the actor's weights are not touched.
+        The engine's exporter is shadowed on this one object; the actor's weights are not touched, but for adapters that
+        are merged: those come back when the transfer ends, or here where it broke off.
         """
         engine = self.actor.engine
         vars(engine).pop("get_per_tensor_param", None)
+        exported, self._relex_exported = self._relex_exported, None
+        if exported is not None:
+            exported.close()
         if weights is None:
             return
         self._relex.check(weights)
 
-        def export(**_: Any) -> tuple[Iterator[tuple[str, torch.Tensor]], None]:
-            return self._relex_engine.as_sent(self._relex.export(weights, get_device_id())), None
+        exporter = self._relex_engine.exporter(lambda: self._relex.export(weights, get_device_id()))
+
+        def export(**how: Any) -> tuple[Iterator[tuple[str, torch.Tensor]], Any]:
+            self._relex_exported, config = exporter(**how)
+            return self._relex_exported, config
 
         engine.get_per_tensor_param = export
 

@@ -51,6 +51,8 @@ OBJECTS = {
         "spec": f"{SPEC}:ShardSpec",
         "place": f"{SPEC}:BlockPlacement",
     },
+    "adapters.py": {"engine": ENGINE, "type(engine)": ENGINE, "self._engine": ENGINE, "spec": f"{SPEC}:ShardSpec"},
+    "fsdp.py": {"place": f"{SPEC}:BlockPlacement", "spec": f"{SPEC}:ShardSpec"},
     "hub_layout.py": {"engine": ENGINE, "place": f"{SPEC}:BlockPlacement"},
     "leftovers.py": {"buffer": BUFFER},
     "probe.py": {"buffer": BUFFER},
@@ -202,6 +204,8 @@ ENGINE_KEYS = {
 }
 KEYS = {f"actor_rollout_ref.actor.{key}" for key in ENGINE_KEYS} | {
     "actor_rollout_ref.model.hf_config_path",
+    "actor_rollout_ref.model.lora.merge",
+    "actor_rollout_ref.model.lora.type",
     "actor_rollout_ref.model.lora_rank",
     "actor_rollout_ref.model.lora.rank",
     "actor_rollout_ref.model.lora.adapter_path",
@@ -212,6 +216,7 @@ ACTOR = "actor_rollout_ref.actor."
 ROOTS = {
     "base_files.py": {"config": "", "model": "actor_rollout_ref.model.", "actor": ACTOR},
     "early_check.py": {"config": ""},
+    "lora.py": {"config": ""},
     "refusals.py": {"config": "", "trainer": "trainer.", "actor": ACTOR},
     "run_length.py": {"config": "", "data": "data."},
     "settings.py": {"config": "", "trainer": "trainer."},

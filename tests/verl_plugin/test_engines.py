@@ -27,8 +27,10 @@ STRATEGIES = ("fsdp", "fsdp2")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def engine_of(model: Path, strategy: str, dtype: str, attention: str = "sdpa") -> Any:
-    """verl's engine with its model, as a worker of the trainer makes it."""
+def engine_of(
+    model: Path, strategy: str, dtype: str, attention: str = "sdpa", param_offload: bool = False, **lora: Any
+) -> Any:
+    """verl's engine with its model, as a worker of the trainer makes it; `lora` are keys of its model."""
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
     from verl.workers.engine import EngineRegistry
@@ -42,8 +44,11 @@ def engine_of(model: Path, strategy: str, dtype: str, attention: str = "sdpa") -
             use_remove_padding=False,
             enable_gradient_checkpointing=False,
             override_config={"attn_implementation": attention},
+            **lora,
         ),
-        engine_config=FSDPEngineConfig(strategy=strategy, model_dtype=dtype, use_torch_compile=False),
+        engine_config=FSDPEngineConfig(
+            strategy=strategy, model_dtype=dtype, use_torch_compile=False, param_offload=param_offload
+        ),
         optimizer_config=FSDPOptimizerConfig(lr=1e-5, total_training_steps=10),
         checkpoint_config=CheckpointConfig(),
     )

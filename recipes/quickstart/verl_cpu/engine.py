@@ -56,7 +56,9 @@ class CpuFSDPEngine(FSDPEngineWithLMHead):
         _broadcast_from_rank_zero(module)
         wrapped = FullyShardedDataParallel(
             module,
-            auto_wrap_policy=get_fsdp_wrap_policy(module=module, config=self.engine_config.wrap_policy),
+            auto_wrap_policy=get_fsdp_wrap_policy(
+                module=module, config=self.engine_config.wrap_policy, is_lora=self.model_config.lora_rank > 0
+            ),
             device_id=torch.device("cpu"),
             sharding_strategy=get_sharding_strategy(
                 self.device_mesh, zero3_enable=self.engine_config.reshard_after_forward
