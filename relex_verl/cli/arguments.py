@@ -16,6 +16,7 @@ __all__ = [
     "Cut",
     "FitFrom",
     "Hub",
+    "Merge",
     "OutFolder",
     "Rank",
     "Revisions",
@@ -37,6 +38,7 @@ WindowNumber = Annotated[
 ]
 OutFolder = Annotated[Path, typer.Option("--out", help="Where to write.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Merge = Annotated[bool, typer.Option("--merge", help="Of LoRA: full weights like the base's, not an adapter.")]
 Rank = Annotated[int, typer.Option(min=1, help="Directions kept for each tensor; the paper uses 1.")]
 Cut = Annotated[int | None, typer.Option(help="Use the observed steps up to this one; all of them if not given.")]
 FitFrom = Annotated[int, typer.Option(min=0, help="First step that takes part in the fit: leaves a warm-up out.")]

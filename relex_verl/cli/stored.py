@@ -9,6 +9,7 @@ import typer
 from relex_verl.cli.arguments import (
     AsJson,
     FitFrom,
+    Merge,
     OutFolder,
     Rank,
     TrajectoryFolder,
@@ -20,6 +21,7 @@ from relex_verl.cli.screen import clear_errors, console, element_bar, print_json
 from relex_verl.maths.diagnostics import describe, random_walk, summary
 from relex_verl.maths.extrapolators import METHODS
 from relex_verl.offline import analysis, face
+from relex_verl.offline.merging import write_merged
 from relex_verl.pipeline.prediction import write_checkpoint
 from relex_verl.reporting.provenance import Checkout
 from relex_verl.trajectory import replay
@@ -106,12 +108,13 @@ def checkout(
             "--after-jump", help="Of a step at which the run jumped, or a jump was undone: what it went on with."
         ),
     ] = False,
+    merge: Merge = False,
     as_json: AsJson = False,
 ) -> None:
     """Give back the Hugging Face checkpoint of an observed step, of whatever window.
 
     From a bf16 trajectory: bit for bit as verl held it. From an fp32 trajectory: the float32 reconstruction, with the
-    bound of its error printed.
+    bound of its error printed; of LoRA, the bound is that of the adapters.
     """
     with clear_errors():
         opened = window_holding(Trajectory(trajectory), step, after_jump)
@@ -122,7 +125,10 @@ def checkout(
         with element_bar(opened, f"step {step}") as advance:
             # A float32 state has digits that the base's own types would cut off; a bfloat16 one has none.
             dtype = torch.float32 if opened.kind.dtype == torch.float32 else None
-            write_checkpoint(opened, replay.states(opened, step), out, facts, dtype, advance)
+            if merge:
+                write_merged(opened, replay.states(opened, step), out, facts, advance)
+            else:
+                write_checkpoint(opened, replay.states(opened, step), out, facts, dtype, advance)
     if as_json:
         print_json({"step": step, "path": str(out), "max_error": error})
         return
@@ -139,6 +145,7 @@ def extrapolate(
     rank: Rank = 1,
     fit_from: FitFrom = 1,
     window: WindowNumber = -1,
+    merge: Merge = False,
     as_json: AsJson = False,
 ) -> None:
     """Predict checkpoints from the steps up to a cut, from the trajectory alone: OUT/<method>-step_<N>/.
@@ -150,7 +157,8 @@ def extrapolate(
         opened, targets = Trajectory(trajectory, window), later_steps_of(target, t_cut)
         for name, step in product(methods_of(method), targets):
             with element_bar(opened, f"{name}, step {step}") as advance:
-                folder = face.extrapolate(opened, step, t_cut, name, rank, out=out, fit_from=fit_from, progress=advance)
+                how: dict[str, Any] = {"fit_from": fit_from, "merge": merge, "progress": advance}
+                folder = face.extrapolate(opened, step, t_cut, name, rank, out=out, **how)
             row = {"path": str(folder), "method": name, "rank": rank, "fit_from": fit_from}
             written.append({**row, "t_cut": t_cut, "target": step})
             if not as_json:

@@ -95,6 +95,7 @@ def extrapolate(
     out: Folder,
     fit_from: int = 1,
     window: int | None = None,
+    merge: bool = False,
     progress: Progress = lambda elements: None,
 ) -> Path:
     """Predict the checkpoint of a later step from the trajectory alone, as a Hugging Face checkpoint with `relex.json`.
@@ -113,6 +114,7 @@ def extrapolate(
         out: gets <method>-step_<target>/.
         fit_from: first step that takes part in the fit: leaves a warm-up out.
         window: of a run that jumped, from 0; None for the one that is open, of a folder the last.
+        merge: of LoRA: full weights instead of the adapters.
         progress: called with the number of elements of each shard written.
 
     Returns:
@@ -133,7 +135,7 @@ def extrapolate(
     place = opened.folder.resolve()
     facts = Provenance.of(prediction, opened.index.base_model, cut, observed, place, opened.number)
     shards = predicting.extrapolate(opened, cut, prediction)
-    return analysis.write_prediction(opened, shards, Path(out) / prediction.folder_name, facts, progress)
+    return analysis.write_prediction(opened, shards, Path(out) / prediction.folder_name, facts, progress, merge)
 
 
 def reconstruct(

@@ -17,7 +17,14 @@ from relex_verl.trajectory.replay import ShardHistory
 from relex_verl.trajectory.shards import TensorShard
 from relex_verl.trajectory.store import Trajectory
 
-__all__ = ["extrapolate", "predicted_tensors", "weighted_tensors", "write_checkpoint", "write_together"]
+__all__ = [
+    "extrapolate",
+    "predicted_tensors",
+    "weighted_tensors",
+    "write_checkpoint",
+    "write_laid_out_like",
+    "write_together",
+]
 
 
 def predicted_tensors(
@@ -130,6 +137,34 @@ def write_checkpoint(
     """
     base, aliases, followed = trajectory.base(), trajectory.index.aliases, trajectory.kind.dtype
     writer = CheckpointWriter(base, folder, set(trajectory.names), aliases, dtype, followed)
+    return _written(writer, shards, provenance, progress)
+
+
+def write_laid_out_like(
+    base: BaseCheckpoint,
+    names: Collection[str],
+    tensors: Iterable[TensorShard],
+    folder: Path,
+    provenance: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint with other values for some of a base's tensors, from one process.
+
+    Args:
+        base: whose layout and other tensors to take.
+        names: of the tensors that have other values.
+        tensors: those, or their shards.
+        folder: the destination.
+        provenance: for `relex.json`.
+    """
+    return _written(CheckpointWriter(base, folder, set(names), {}), tensors, provenance, lambda elements: None)
+
+
+def _written(
+    writer: CheckpointWriter,
+    shards: Iterable[TensorShard],
+    provenance: Mapping[str, Any] | None,
+    progress: Callable[[int], None],
+) -> Path:
     try:
         writer.begin()
         for shard in shards:

@@ -8,6 +8,7 @@ from typing import Any
 
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.offline.analysis.windows import observed_until
+from relex_verl.offline.merging import write_merged
 from relex_verl.pipeline.prediction import extrapolate, write_checkpoint
 from relex_verl.reporting.provenance import Provenance, versions
 from relex_verl.reporting.records import RecordError
@@ -24,6 +25,7 @@ def write_prediction(
     folder: Path,
     provenance: Provenance,
     progress: Callable[[int], None] = lambda elements: None,
+    merge: bool = False,
 ) -> Path:
     """Write a predicted checkpoint, unless its folder holds a prediction that was made otherwise.
 
@@ -35,6 +37,7 @@ def write_prediction(
         folder: the destination.
         provenance: for `relex.json`.
         progress: called with the number of elements of each shard written.
+        merge: of LoRA: full weights instead of the adapters.
 
     Raises:
         ValueError: another prediction is there.
@@ -48,10 +51,13 @@ def write_prediction(
     if differing:
         key, theirs, ours = differing[0]
         raise ValueError(f"{folder} holds another prediction ({key} {theirs!r} there, {ours!r} here): {cure}")
+    if there is not None and trajectory.index.adapters and (folder / "adapter_config.json").exists() == merge:
+        raise ValueError(f"{folder} holds this prediction {'without' if merge else 'with'} --merge: {cure}")
     shards = iter(shards)
     first = list(islice(shards, 1))  # what cannot be fitted says so here, before a folder is made for it
     folder.parent.mkdir(parents=True, exist_ok=True)
-    return write_checkpoint(trajectory, chain(first, shards), folder, provenance.to_json(), progress=progress)
+    write = write_merged if merge else write_checkpoint
+    return write(trajectory, chain(first, shards), folder, provenance.to_json(), progress=progress)
 
 
 def sweep(
