@@ -29,7 +29,7 @@ TYPICAL = "_typical"  # ends the keys of what is usual, beside what a run reckon
 
 
 def plan(
-    params: Annotated[float, typer.Option(help="Parameters of the model, e.g. 8e9.")],
+    params: Annotated[float, typer.Option(help="Parameters that are trained, e.g. 8e9.")],
     t_cut: Annotated[int, typer.Option(min=1, help="The step at which to fit.")],
     ranks: Annotated[int, typer.Option(min=1, help="Training ranks (GPUs), all nodes together.")] = 8,
     ranks_per_node: Annotated[int, typer.Option(min=1, help="Of these, how many on one node.")] = 8,

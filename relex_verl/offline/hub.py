@@ -42,9 +42,10 @@ def push(checkpoint: Path, repo: str, private: bool = False, api: Any = None) ->
 
     provenance = _provenance(checkpoint)
     api = api or HfApi()
+    library = "peft" if (checkpoint / "adapter_config.json").exists() else "transformers"
     licence, scores = _licence(provenance.base_model, api), _scores(checkpoint, provenance)
     beside = {
-        "README.md": model_card(checkpoint.name, provenance, licence, scores),
+        "README.md": model_card(checkpoint.name, provenance, licence, scores, library),
         "relex.json": json.dumps(_without_places(provenance).to_json(), indent=1) + "\n",
     }
     try:
@@ -62,7 +63,11 @@ def push(checkpoint: Path, repo: str, private: bool = False, api: Any = None) ->
 
 
 def model_card(
-    name: str, provenance: Provenance, licence: str | None, scores: Mapping[str, float] | None = None
+    name: str,
+    provenance: Provenance,
+    licence: str | None,
+    scores: Mapping[str, float] | None = None,
+    library: str = "transformers",
 ) -> str:
     """The README of a predicted checkpoint: what it is, what it was made from, and whether anyone scored it.
 
@@ -71,12 +76,13 @@ def model_card(
         provenance: what `relex.json` says.
         licence: of the base model; None when it could not be found out.
         scores: candidate -> validation score, if it was scored.
+        library: that loads it; peft for an adapter.
     """
     from huggingface_hub import ModelCardData
 
     base, local = _base_name(provenance)
     data = ModelCardData(
-        license=licence, base_model=None if local else base, library_name="transformers", tags=["relex", "grpo"]
+        license=licence, base_model=None if local else base, library_name=library, tags=["relex", "grpo"]
     )
     if scores:
         scored = "Scores on the run's own validation set:\n\n| checkpoint | score |\n| --- | --- |\n"

@@ -44,7 +44,7 @@ def _with_winner(report: CutReport, path: str) -> list[NextStep]:
     name = "relex" if target is None else target.folder_name
     won = [prediction for prediction in report.predictions if Path(prediction.path).name == name]
     new_run = Path(path).parent.with_name(f"from_{name}")
-    overrides = [_override("actor_rollout_ref.model.path", path), _override("trainer.default_local_dir", str(new_run))]
+    overrides = [_weights(path), _override("trainer.default_local_dir", str(new_run))]
     load = [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
@@ -52,9 +52,14 @@ def _with_winner(report: CutReport, path: str) -> list[NextStep]:
         "model = AutoModelForCausalLM.from_pretrained(path)",
         "tokenizer = AutoTokenizer.from_pretrained(path)",
     ]
+    serve, with_what = ["vllm", "serve", path], "with transformers"
+    if won and _is_adapter(path):
+        base, with_what = won[0].base_model, "with transformers and peft"
+        load[-1] = f"tokenizer = AutoTokenizer.from_pretrained({base!r})"
+        serve = ["vllm", "serve", base, "--enable-lora", "--lora-modules", f"relex={path}"]
     return [
-        NextStep("Load it", "In Python, with transformers.", "\n".join(load)),
-        NextStep("Serve it", "An OpenAI-compatible server, with vLLM.", join(["vllm", "serve", path])),
+        NextStep("Load it", f"In Python, {with_what}.", "\n".join(load)),
+        NextStep("Serve it", "An OpenAI-compatible server, with vLLM.", join(serve)),
         NextStep(
             "Push it to the Hub",
             "With a model card that says how it was made and how it scored. Put your own name in place of owner/name.",
@@ -90,7 +95,7 @@ def _score(path: str, other: str) -> NextStep:
     return NextStep(
         "Score a prediction yourself",
         f"Add to your verl command, without +relex. Then once more {other}, and compare.",
-        _lines([_override("actor_rollout_ref.model.path", path), *VALIDATE]),
+        _lines([_weights(path), *VALIDATE]),
     )
 
 
@@ -104,6 +109,15 @@ def _more(report: CutReport, like: Predicted, note: str) -> NextStep:
     command = join(["relex-verl", "extrapolate", like.trajectory])
     how = join(["--t-cut", str(report.t_cut), "--target", targets, *options])
     return NextStep("Predict other steps", note, GOES_ON.join([command, how, join(["--out", str(out)])]))
+
+
+def _is_adapter(path: str) -> bool:
+    return (Path(path) / "adapter_config.json").exists()
+
+
+def _weights(path: str) -> str:
+    """What has verl begin with a checkpoint, or with an adapter of the same base."""
+    return _override(f"actor_rollout_ref.model.{'lora_adapter_path' if _is_adapter(path) else 'path'}", path)
 
 
 def _override(key: str, value: str) -> str:

@@ -35,9 +35,8 @@ class Workers:
 
     def __init__(self, base: Path, optimizer_on_host: bool) -> None:
         source = RankSource(DriftingModel(weights_of(base)).at(0))
-        self._engine = SimpleNamespace(
-            no_master=None, optimizer_on_host=optimizer_on_host, aliases={}, shards=lambda master: source
-        )
+        facts = {"no_master": None, "optimizer_on_host": optimizer_on_host, "aliases": {}, "adapters": None}
+        self._engine = SimpleNamespace(**facts, shards=lambda master: source)
         self.cost = ""
 
     def relex_start(self, setup: Setup) -> list[Answer]:

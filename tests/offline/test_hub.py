@@ -55,6 +55,13 @@ def card(folder):
     return api.files["README.md"]
 
 
+def test_an_adapter_is_loaded_with_peft(tmp_path):
+    folder = checkpoint(tmp_path / "relex-step_500")
+    assert "library_name: transformers" in card(folder)
+    (folder / "adapter_config.json").write_text("{}")
+    assert "library_name: peft" in card(folder)
+
+
 def test_push_uploads_with_a_card_and_without_this_machines_paths(finished, tmp_path, monkeypatch):
     out = tmp_path / "relex/predicted"
     call("extrapolate", finished / "trajectory", "--t-cut", 4, "--target", 8, "--out", out)

@@ -75,6 +75,22 @@ def test_after_a_winner(folder: Path) -> None:
     assert repr(best) in load
 
 
+def test_an_adapter_is_loaded_beside_its_base(folder: Path) -> None:
+    best, nearest = folder / "recommended", folder / "predicted" / "anchored-step_24"
+    for place in (best, nearest):
+        place.mkdir(parents=True)
+        (place / "adapter_config.json").write_text("{}")
+    won = report(folder, "stop")
+    base, found = won.predictions[0].base_model, words(won)
+    assert found["Serve it"] == ["vllm", "serve", base, "--enable-lora", "--lora-modules", f"relex={best}"]
+    assert settings(found["Train on from it"])["actor_rollout_ref.model.lora_adapter_path"] == str(best)
+    load = next(step.text for step in next_steps(won) if step.title == "Load it")
+    compile(load, "load", "exec")
+    assert f"AutoTokenizer.from_pretrained({base!r})" in load
+    score = settings(words(report(folder, "keep_training"))["Score a prediction yourself"])
+    assert score["actor_rollout_ref.model.lora_adapter_path"] == str(nearest)
+
+
 @pytest.mark.parametrize("action", ["keep_training", "unscored"])
 def test_without_a_winner_the_nearest_prediction_is_offered_for_scoring(folder: Path, action: str) -> None:
     found, of_run = words(report(folder, action)), folder / "predicted"
