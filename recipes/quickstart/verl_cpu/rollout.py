@@ -47,6 +47,8 @@ class ServerAdapter(BaseRollout):
         weights: Iterator[tuple[str, torch.Tensor]] | AsyncIterator[tuple[str, torch.Tensor]],
         wire_format: str = "named_tensors",
         global_steps: int | None = None,
+        peft_config: dict[str, Any] | None = None,
+        base_sync_done: bool = False,
         **kwargs: Any,
     ) -> None:
         if wire_format != "named_tensors":
@@ -58,7 +60,9 @@ class ServerAdapter(BaseRollout):
                 named_tensors[name] = tensor.detach().clone()
         if self.is_leader_rank:
             server = ray.get_actor(server_name(self.replica_rank))
-            await server.load_weights.remote(named_tensors, global_steps)
+            # With LoRA verl sends the base once, and from then on adapters alone.
+            adapter = peft_config if base_sync_done else None
+            await server.load_weights.remote(named_tensors, global_steps, adapter)
 
 
 class CpuReplica(RolloutReplica):

@@ -39,6 +39,7 @@ class GenerationServer:
         self.stop_ids = _stop_ids(model_path)
         self.max_tokens = max_tokens
         self.global_steps: int | None = None
+        self.base: dict[str, torch.Tensor] = {}  # what verl sent last that was no adapter
         self.waiting: list[Request] = []
         self.running = asyncio.Event()
         self.running.set()
@@ -49,14 +50,35 @@ class GenerationServer:
     async def ready(self) -> bool:
         return True
 
-    async def load_weights(self, named_tensors: dict[str, torch.Tensor], global_steps: int | None) -> None:
-        state = {name: tensor.to(self.weight_dtype).double() for name, tensor in named_tensors.items()}
+    async def load_weights(
+        self,
+        named_tensors: dict[str, torch.Tensor],
+        global_steps: int | None,
+        adapter: dict[str, Any] | None = None,
+    ) -> None:
+        state = {
+            name.replace(".base_layer", ""): tensor.to(self.weight_dtype).double()
+            for name, tensor in named_tensors.items()
+        }
+        if adapter is not None:
+            state = self._adapted(state, adapter["lora_alpha"] / adapter["r"])
         async with self.model_lock:
             missing, unexpected = self.model.load_state_dict(state, strict=False)
             self.global_steps = global_steps
         # A tied output layer has no tensor of its own in some exporters.
         if unexpected or set(missing) - {"lm_head.weight"}:
             raise ValueError(f"weights do not fit the model: missing {missing}, unexpected {unexpected}")
+        if adapter is None:
+            self.base = state
+
+    def _adapted(self, tensors: dict[str, torch.Tensor], scale: float) -> dict[str, torch.Tensor]:
+        """The base's weights with an adapter added; nothing is left of the one before."""
+        state = dict(self.base)
+        for name, tensor in tensors.items():
+            if ".lora_A." in name:
+                layer = name.removeprefix("base_model.model.").replace("lora_A.", "")
+                state[layer] = state[layer] + scale * tensors[name.replace("lora_A", "lora_B")] @ tensor
+        return state
 
     async def generate(
         self, request_id: str, prompt_ids: list[int], sampling_params: dict[str, Any], **kwargs: Any
