@@ -115,9 +115,9 @@ class Observer:
         facts = self.kind.name, self.ranks.world_size, tensors, self.aliases, self.run
         index = TrajectoryIndex(self.base_model, *facts, adapters=self.adapters is not None)
         existing = resuming.find(self.ranks, self.folder, index, step)
-        if self.adapters is not None and step:
-            take_first_origin(self.ranks, self.folder, index.tensors, self.held, step)
         if existing is None:
+            if self.adapters is not None and step:
+                take_first_origin(self.ranks, self.folder, index.tensors, self.held, step)
             base = self.base if self.adapters is None else self.adapters
             self._trajectory = resuming.create(self.ranks, self.folder, index, self.held, self._states, base)
         else:
