@@ -28,7 +28,11 @@ __all__ = [
 
 
 def predicted_tensors(
-    histories: Iterable[ShardHistory], kind: Kind, window: Window, prediction: Prediction
+    histories: Iterable[ShardHistory],
+    kind: Kind,
+    window: Window,
+    prediction: Prediction,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[TensorShard]:
     """theta_hat of each shard, theta_0 + sum_t a_t delta_t, summed over what its kind of trajectory keeps.
 
@@ -37,12 +41,13 @@ def predicted_tensors(
         kind: how it is kept.
         window: the rows.
         prediction: the method, its rank and the target.
+        dtype: see `weighted_tensors`.
 
     Raises:
         ValueError: a method that needs single rows, from a sketch; too few rows.
     """
     kind.check(prediction, window.steps)
-    yield from weighted_tensors(histories, kind, window, fit_weights(window, prediction))
+    yield from weighted_tensors(histories, kind, window, fit_weights(window, prediction), dtype)
 
 
 def weighted_tensors(

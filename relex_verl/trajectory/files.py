@@ -10,7 +10,13 @@ from typing import Any, BinaryIO
 import torch
 from safetensors.torch import save_file
 
-__all__ = ["header_bytes", "reserve", "save_tensors", "write_json"]
+__all__ = ["header_bytes", "reserve", "save_tensors", "stream_tensors", "write_json"]
+
+# How safetensors spells what is kept of an optimizer.
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -30,6 +36,35 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    os.replace(temporary, path)
+
+
+def stream_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Like `save_tensors`, with a copy of one tensor at a time in host memory; the others stay on their device.
+
+    Raises:
+        OSError: no space left; nothing is kept of it, and an old file of that name stays.
+    """
+    header, size = {}, 0
+    for name, tensor in tensors.items():
+        end = size + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [size, end]}
+        size = end
+    start = header_bytes(header)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(start)
+            stream.flush()
+            reserve(stream, len(start) + size)
+            stream.seek(len(start))
+            for tensor in tensors.values():
+                stream.write(tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8).numpy().data)
+            stream.flush()
+            os.fsync(stream.fileno())
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

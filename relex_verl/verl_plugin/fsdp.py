@@ -5,7 +5,7 @@ one contiguous run; FSDP2 keeps a block of each parameter. Both are read, and wr
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ __all__ = [
     "reset_optimizer",
     "reshard",
     "restore_state",
+    "settle",
 ]
 
 # Name in the module, (n,) this rank's elements of it, verl's ShardSpec of where they lie in the whole tensor.
@@ -119,46 +120,56 @@ def reset_optimizer(engine: Any) -> None:
     engine.optimizer.state.clear()
 
 
+def settle() -> None:
+    """Wait for what is under way on the device: verl moves weights to the host beside it."""
+    from verl.utils.device import get_torch_device
+
+    get_torch_device().synchronize()
+
+
 def kept_state(engine: Any) -> dict[str, torch.Tensor]:
-    """This rank's weights and optimizer state, copied to the host, by the place of each in the engine's own order."""
-    kept = {f"weight.{i}": local.to("cpu", copy=True) for i, (_, local, _) in enumerate(own_weights(engine))}
+    """This rank's weights and optimizer state in place, by their place in the engine's own order.
+
+    Raises:
+        ValueError: the optimizer keeps something else than tensors.
+    """
+    settle()
+    kept = {f"weight.{i}": local for i, (_, local, _) in enumerate(own_weights(engine))}
     for i, parameter in enumerate(_optimized(engine)):
         for key, value in engine.optimizer.state.get(parameter, {}).items():
-            local = value.to_local() if hasattr(value, "to_local") else torch.as_tensor(value)
-            kept[f"state.{i}.{key}"] = local.detach().to("cpu", copy=True).contiguous()
+            if not isinstance(value, torch.Tensor):
+                raise ValueError(
+                    f"{type(engine.optimizer).__name__} keeps {key}={value!r}, which cannot be kept for an undo: give "
+                    "relex.jump_undo=false"
+                )
+            kept[f"state.{i}.{key}"] = _local(value).detach()
     return kept
 
 
-def restore_state(engine: Any, kept: dict[str, torch.Tensor]) -> None:
+def restore_state(engine: Any, kept: Mapping[str, torch.Tensor]) -> None:
     """Set weights and optimizer state to what `kept_state` gave, bit by bit.
 
     Raises:
-        ValueError: it is that of another engine; nothing has been changed then.
+        ValueError: it is that of another engine, or was cut otherwise; nothing has been changed then.
     """
-    own = list(own_weights(engine))
-    weights = [kept.get(f"weight.{i}") for i in range(len(own))]
-    if any(
-        before is None or before.shape != now.shape or before.dtype != now.dtype
-        for before, (_, now, _) in zip(weights, own, strict=True)
-    ):
-        raise ValueError(
-            "the weights that were kept are those of another engine, or were cut otherwise between the ranks"
-        )
-    for before, (_, now, _) in zip(weights, own, strict=True):
-        assert before is not None
-        now.copy_(before)
-    for i, parameter in enumerate(_optimized(engine)):
-        state = engine.optimizer.state.get(parameter, {})
+    now = kept_state(engine)
+    for name, tensor in kept.items():
+        local = now.get(name)
+        if local is None or (local.shape, local.dtype) != (tensor.shape, tensor.dtype):
+            raise ValueError(f"{name}: what was kept is that of another engine, or was cut otherwise between the ranks")
+    if any(name.startswith("weight.") and name not in kept for name in now):
+        raise ValueError("what was kept lacks some of the weights")
+    for name, tensor in kept.items():
+        now[name].copy_(tensor)
+    for i, parameter in enumerate(_optimized(engine)):  # one that had none before has none again
         if not any(name.startswith(f"state.{i}.") for name in kept):
             engine.optimizer.state.pop(parameter, None)
-            continue
-        for key, value in state.items():
-            before = kept[f"state.{i}.{key}"]
-            if isinstance(value, torch.Tensor):
-                (value.to_local() if hasattr(value, "to_local") else value).copy_(before)
-            else:
-                state[key] = before.item()
     reshard(engine)
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
 
 
 def _optimized(engine: Any) -> list[torch.nn.Parameter]:

@@ -6,14 +6,15 @@ checkpoint it is (`hub_layout`). Everywhere else (Megatron's fused projections) 
 `conversion`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from relex_verl.trajectory.shards import TensorShard
+from relex_verl.verl_plugin import fsdp
 from relex_verl.verl_plugin.conversion import Part, converted_parts
-from relex_verl.verl_plugin.fsdp import Own, has_float32_master, own_weights, reshard
+from relex_verl.verl_plugin.fsdp import Own, has_float32_master, own_weights
 from relex_verl.verl_plugin.hub_layout import HubLayout, HubPart
 from relex_verl.verl_plugin.sending import Sending
 from relex_verl.verl_plugin.ties import tied_names
@@ -30,6 +31,7 @@ class VerlEngine:
         self._engine = engine
         self._layout = HubLayout.of(engine)
         self._ties = tied_names(engine, self._layout)
+        self._source: EngineSource | None = None
 
     @property
     def no_master(self) -> str | None:
@@ -52,11 +54,29 @@ class VerlEngine:
 
     def shards(self, master: bool) -> "EngineSource":
         """The engine's weights."""
-        return EngineSource(self._engine, master, self._layout)
+        self._source = EngineSource(self._engine, master, self._layout)
+        return self._source
 
     def as_sent(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole tensors of the checkpoint as verl's own exporter would name and cut them for the rollout."""
         return Sending(self._engine, self._layout, self._ties).of(tensors)
+
+    def assign(self, shards: Sequence[TensorShard]) -> None:
+        """See `EngineSource.assign`."""
+        assert self._source is not None
+        self._source.assign(shards)
+
+    def reset_optimizer(self) -> None:
+        """See `fsdp.reset_optimizer`."""
+        fsdp.reset_optimizer(self._engine)
+
+    def state(self) -> Mapping[str, torch.Tensor]:
+        """See `fsdp.kept_state`."""
+        return fsdp.kept_state(self._engine)
+
+    def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """See `fsdp.restore_state`."""
+        fsdp.restore_state(self._engine, state)
 
     def exporter(self, tensors: Callable[[], Exported]) -> Callable[..., tuple[Exported, None]]:
         """What verl's weight update calls in place of the engine's `get_per_tensor_param`, to send other weights.
@@ -118,34 +138,32 @@ class EngineSource:
         for name, (local, spec) in convert_weight_keys(own, module).items():
             yield name, local, spec
 
-    def assign(self, shards: Iterable[TensorShard]) -> None:
+    def assign(self, shards: Sequence[TensorShard]) -> None:
         """Set the master weights. Nothing is exchanged: each rank sets what it holds.
 
         Args:
             shards: float32, of all tensors that this rank holds, placed as they were handed out.
 
         Raises:
-            ValueError: a tensor is missing, or placed otherwise; some weights may have been set then.
+            ValueError: a tensor is missing, or placed otherwise; nothing has been set then.
         """
-        from verl.utils.device import get_torch_device
-
-        get_torch_device().synchronize()  # verl moves weights to the host beside what runs on the device
+        fsdp.settle()
         targets = {
             part.name: (local, part)
             for name, local, _ in self._own()
             if name not in self.ties
             for part in self._parts.get(name, ())
+            if part.placement.numel
         }
-        for shard in shards:
-            local, part = targets.pop(shard.name)
-            if shard.placement != part.placement:
-                raise ValueError(f"{shard.name}: the engine cuts its weights otherwise than they are to be set")
-            part.put(local, shard.data)
-        if targets:
-            raise ValueError(
-                f"{min(targets)}: this rank holds a copy of it, and only one rank has what it is to be set to"
-            )
-        reshard(self.engine)
+        given = {shard.name: shard for shard in shards}
+        if given.keys() != targets.keys():
+            one = min(given.keys() ^ targets.keys())
+            raise ValueError(f"{one}: this rank has a copy of it that another rank counts, or the other way round")
+        if any(given[name].placement != part.placement for name, (_, part) in targets.items()):
+            raise ValueError("the engine cuts its weights otherwise than they are to be set")
+        for name, (local, part) in targets.items():
+            part.put(local, given[name].data)
+        fsdp.reshard(self.engine)
 
     def _locate(self, name: str, local: torch.Tensor, spec: Any) -> list[Part] | list[HubPart]:
         if self.master and spec.place is not None:  # FSDP1: a run of the parameter

@@ -103,13 +103,13 @@ def set_and_undone(engine: Any, source: Any) -> dict[str, Any]:
     from relex_verl.verl_plugin.fsdp import kept_state, reset_optimizer, restore_state
 
     optimize(engine)
-    before, full = kept_state(engine), full_parameters(engine)
+    before, full = copied(kept_state(engine)), full_parameters(engine)
     source.assign([replace(shard, data=2 * shard.data + 1) for shard in reversed(kept(source))])
     set_to = full_parameters(engine)
     optimize(engine)
-    elsewhere = kept_state(engine)
+    elsewhere = copied(kept_state(engine))
     restore_state(engine, before)
-    back = kept_state(engine)
+    back = copied(kept_state(engine))
     unchanged = {name: torch.equal(tensor, before[name]) for name, tensor in back.items()}
     reset_optimizer(engine)
     return {
@@ -119,6 +119,10 @@ def set_and_undone(engine: Any, source: Any) -> dict[str, Any]:
         "unchanged": unchanged,
         "reset": list(kept_state(engine)),
     }
+
+
+def copied(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def optimize(engine: Any) -> None:
