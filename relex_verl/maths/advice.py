@@ -6,16 +6,26 @@ do not bear out is none.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import comb
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from relex_verl.maths.extrapolators import Prediction
 
-__all__ = ["Advice", "Scores", "advise", "alpha_share", "decides", "paired_p_value", "unscored"]
+__all__ = [
+    "Advice",
+    "Pairs",
+    "Scores",
+    "advise",
+    "alpha_share",
+    "decides",
+    "paired_p_value",
+    "paired_scores",
+    "unscored",
+]
 
 EXACT = 14  # differences whose signs are enumerated
 DRAWS = 99_999
@@ -27,7 +37,8 @@ class Advice:
     """What RELEX tells the user.
 
     Attributes:
-        action: "stop" (a prediction was scored and won), "keep_training" (none did), "unscored" (nothing to decide on).
+        action: "stop" (a prediction was scored and won), "keep_training" (none did), "unscored" (nothing to decide on);
+            of a run that jumps, "jump" instead of "stop", and "undo" (see `harm`).
         target: the recommended prediction, None when none is recommended.
         reason: one plain sentence, with the numbers.
         score, hold_score: of the prediction and of the last observed weights, on the deciding half; None when unscored.
@@ -86,6 +97,22 @@ def alpha_share(tested: int, last: bool) -> float:
     return 0.5 ** (tested if last else tested + 1)
 
 
+class Pairs(NamedTuple):
+    """Scores of the same prompts with two weights, each (N,) float64."""
+
+    ours_N: torch.Tensor
+    theirs_N: torch.Tensor
+
+
+def paired_scores(ours: Scores, theirs: Scores, wanted: Callable[[str], bool]) -> Pairs:
+    """The prompts that came back with both weights, in the order of the second."""
+    prompts = [prompt for prompt in theirs.prompts if prompt in ours.prompts and wanted(prompt)]
+    return Pairs(
+        torch.tensor([ours.prompts[prompt] for prompt in prompts], dtype=torch.float64),
+        torch.tensor([theirs.prompts[prompt] for prompt in prompts], dtype=torch.float64),
+    )
+
+
 def paired_p_value(differences_N: torch.Tensor) -> float:
     """One-sided p-value of "the candidate is no better" from per-prompt score differences: a sign-flip permutation test.
 
@@ -131,11 +158,9 @@ def advise(
         confidence: of the whole run; 0.95 allows alpha = 0.05 over all its cuts.
         share: of alpha that this cut may spend, see `alpha_share`.
     """
-    prompts = [prompt for prompt in hold.prompts if prompt in candidate.prompts and decides(prompt)]
-    if not prompts:
+    ours, theirs = paired_scores(candidate, hold, decides)
+    if not len(ours):
         return unscored("no validation prompt was scored with both weights")
-    ours = torch.tensor([candidate.prompts[prompt] for prompt in prompts], dtype=torch.float64)
-    theirs = torch.tensor([hold.prompts[prompt] for prompt in prompts], dtype=torch.float64)
     p_value, alpha = paired_p_value(ours - theirs), (1 - confidence) * share
     won_half = bool(ours.mean() > theirs.mean()) and p_value < alpha
     won = won_half and candidate.score > hold.score
@@ -143,7 +168,7 @@ def advise(
     asked = f", p<{alpha:.2g} needed" if share < 1 else ""  # where it is not what the user configured
     reason = (
         f"{'Stop' if won else 'Keep training'}: {prediction.folder_name} scores {ours.mean():.3f} against "
-        f"{theirs.mean():.3f} of step {t_cut} (n={len(prompts)}, {p_text}{asked})"
+        f"{theirs.mean():.3f} of step {t_cut} (n={len(ours)}, {p_text}{asked})"
         f"{', but not on all prompts' if won_half and not won else ''}"
     )
     return Advice(
@@ -152,7 +177,7 @@ def advise(
         reason,
         ours.mean().item(),
         theirs.mean().item(),
-        len(prompts),
+        len(ours),
         p_value,
         alpha,
     )

@@ -70,6 +70,7 @@ def next_target(
     hold: float,
     margin: float = 0.0,
     origin_step: int = 0,
+    nearest: float = 1.0,
 ) -> int | None:
     """The next step to predict and score for one method; None when the search is done.
 
@@ -83,6 +84,7 @@ def next_target(
         hold: score of the last observed weights, the first point of the curve.
         margin: a smaller drop below the best is noise and does not count as a fall.
         origin_step: where the line starts; horizons are measured from there.
+        nearest: no target is looked for below this many windows.
     """
     curve = {t_cut: hold, **tried}
     steps = sorted(curve)
@@ -98,7 +100,8 @@ def next_target(
     gaps = list(zip(steps[max(0, place - 1) :], steps[max(0, place - 1) + 1 : place + 2], strict=False))
     low, high = max(((low - origin_step, high - origin_step) for low, high in gaps), key=lambda gap: gap[1] / gap[0])
     middle = origin_step + round(sqrt(low * high))
-    return middle if high / low >= FINEST_RATIO**2 and middle not in curve else None
+    too_near = middle - origin_step < nearest * (t_cut - origin_step)
+    return middle if high / low >= FINEST_RATIO**2 and middle not in curve and not too_near else None
 
 
 def search(
@@ -110,6 +113,7 @@ def search(
     budget: int,
     margin: float = 0.0,
     origin_step: int = 0,
+    nearest: float = 1.0,
 ) -> list[Candidate]:
     """Spend the budget on the methods in turn, each along its own line.
 
@@ -120,7 +124,7 @@ def search(
         t_cut: the last observed step.
         hold: score of the last observed weights.
         budget: how many predictions may be scored.
-        margin, origin_step: see `next_target`.
+        margin, origin_step, nearest: see `next_target`.
 
     Returns:
         What was scored, in that order.
@@ -130,7 +134,7 @@ def search(
     open_methods = list(methods)
     while open_methods and len(scored) < budget:
         for method in list(open_methods):
-            target = next_target(tried[method], targets, t_cut, hold, margin, origin_step)
+            target = next_target(tried[method], targets, t_cut, hold, margin, origin_step, nearest)
             if target is None:
                 open_methods.remove(method)
             elif len(scored) < budget:
