@@ -13,7 +13,7 @@ from relex_verl.maths.extrapolators import Prediction
 from relex_verl.reporting.findings import Findings, Fits
 from relex_verl.run.callback import RelexCallback
 from relex_verl.run.config import RelexConfig
-from relex_verl.run.protocol import Answer, RunFacts, Started
+from relex_verl.run.protocol import Answer, Opened, RunFacts, Started
 from relex_verl.run.validation import Validation
 
 METRIC = "val-core/sums/acc/mean@1"
@@ -26,7 +26,8 @@ def config(
     folder: Path, resume_mode: str = "auto", experiment: str = "e", **relex: Any
 ) -> tuple[RelexConfig, RunFacts]:
     """A run that is cut at step 4."""
-    node = {"output_dir": str(folder), "targets": [20], "t_cut": CUT, "observe_every": 1, **relex}
+    targets = {} if relex.get("on_cut") == "jump" else {"targets": [20]}
+    node = {"output_dir": str(folder), **targets, "t_cut": CUT, "observe_every": 1, **relex}
     return RelexConfig.from_mapping(node), RunFacts("base", "p", experiment, resume_mode)
 
 
@@ -43,6 +44,9 @@ class Workers:
         self.folder, self.fails, self.kind, self.reason = folder, fails, kind, reason
         self.calls: list[str] = []
         self.setup: Any = None
+        self.origin = 0  # of the window that is observed
+        self.began = False  # at the step that the run was resumed from
+        self.jumps: list[tuple[Any, ...]] = []
 
     def __getattr__(self, method: str) -> Any:
         def call(*args: Any) -> list[Answer]:
@@ -63,10 +67,22 @@ class Workers:
         fallback = None if self.reason is None else kind.fallback
         return Started(kind.name if fallback is None else fallback, self.reason, "needs 3 GiB")
 
-    def _relex_open(self, step: int) -> list[int]:
+    def _relex_open(self, step: int) -> Opened:
         kept = [one for one in self.steps if one <= step]
         self._write(kept)
-        return kept
+        return Opened(kept, self.began)
+
+    def _relex_jump(self, step: int, *how: Any) -> float:
+        self.origin = step
+        self.jumps.append((step, *how))
+        return 1.5
+
+    def _relex_undo(self, step: int) -> None:
+        self.origin = step
+        self.jumps.append((step, "undone"))
+
+    def _relex_begin(self, step: int) -> None:
+        self.origin = step
 
     def _relex_observe(self, step: int) -> dict[str, float]:
         self._write([*self.steps, step])
@@ -74,7 +90,8 @@ class Workers:
 
     def _relex_fit(self, methods: list[str], targets: list[int]) -> Findings:
         fits = Fits(summary={}, random_walk_null={"drift": nan}, tensors=[{"tensor": "w", "shape": [1]}])
-        return Findings(self.steps, 0, fits, dict.fromkeys(methods, 0.5), drift=0.1, agreement=0.9, figures={})
+        steps = [step for step in self.steps if step > self.origin]
+        return Findings(steps, self.origin, fits, dict.fromkeys(methods, 0.5), drift=0.1, agreement=0.9, figures={})
 
     def _relex_write(self, prediction: Prediction, folder: Path, provenance: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -92,12 +92,13 @@ class Predicted(Provenance):
 
 @dataclass(frozen=True)
 class EarlierCut:
-    """What later reports say of a cut: the advice and the curve that it rests on."""
+    """What later reports say of a cut: the advice and the curve that it rests on; and where its window began."""
 
     t_cut: int
     advice: Advice
     validation_scores: list[Scored]
     screened_out: dict[str, str]
+    origin_step: int | None = field(default=None, metadata=IF_KNOWN)
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ class CutReport(Record):
         steps_saved: that need not be trained if the run ends here with the winner; 0 without one.
         next_cut: step of the cut that is planned next, if training goes on and its rows fit; None where none is.
         single_steps: whether observed steps can be had again: a sketch keeps none; None where nobody has said.
+        origin_step: at which the window began that was fitted; None where nobody has said, 0 then.
     """
 
     t_cut: int
@@ -137,6 +139,7 @@ class CutReport(Record):
     steps_saved: int
     next_cut: int | None = field(default=None, metadata=IF_KNOWN)
     single_steps: bool | None = field(default=None, metadata=IF_KNOWN)
+    origin_step: int | None = field(default=None, metadata=IF_KNOWN)
     schema_version: int = 1
 
     @classmethod
@@ -153,7 +156,7 @@ class CutReport(Record):
     @property
     def summary(self) -> EarlierCut:
         """What later reports say of it."""
-        return EarlierCut(self.t_cut, self.advice, self.validation_scores, self.screened_out)
+        return EarlierCut(self.t_cut, self.advice, self.validation_scores, self.screened_out, self.origin_step)
 
 
 def _of_run(advice: Advice, like: Provenance) -> Advice:

@@ -16,10 +16,18 @@ from relex_verl.reporting.tables import Cell, cell, table
 
 __all__ = ["write_html"]
 
-WORDS = {"stop": ("■", "Stop"), "keep_training": ("▶", "Keep training"), "unscored": ("?", "Unscored")}
+WORDS = {
+    "stop": ("■", "Stop"),
+    "keep_training": ("▶", "Keep training"),
+    "unscored": ("?", "Unscored"),
+    "jump": ("»", "Jumped"),
+    "undo": ("«", "Undone"),
+}
 MEANING = {
     "stop": "A predicted checkpoint has beaten the last observed weights, on prompts that the search had not seen.",
     "keep_training": "No prediction has beaten the weights that you already have.",
+    "jump": "The weights were set to a prediction that won the search, and training goes on from there.",
+    "undo": "What was trained from the last jump had fallen behind the weights before it, which are back.",
     "unscored": "Nothing was compared, so nothing is recommended, however straight the lines below are.",
 }
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"

@@ -49,8 +49,7 @@ def report(
         metrics: of the step.
         schedule: the cuts before, and the steps that need not be trained if a prediction has won.
     """
-    won = verdict.winner is not None
-    following = schedule.following() if verdict.advice.action == "keep_training" else None
+    won, following = verdict.advice.action == "stop", schedule.after(verdict.advice)
     return CutReport(
         t_cut=t_cut,
         observed_steps=findings.steps,
@@ -67,6 +66,7 @@ def report(
         steps_saved=schedule.saved if won else 0,
         next_cut=None if following is None else following.t_cut,
         single_steps=schedule.kind.keeps_rows,
+        origin_step=findings.origin_step,
     )
 
 

@@ -18,6 +18,9 @@ __all__ = [
 # (verl's delta-sync measurements; PULSE, arXiv:2602.03839), so that 3 % is on the safe side.
 CAREFUL_CHANGE_RATE = 0.03
 TYPICAL_CHANGE_RATES = (0.005, 0.01)
+# Bytes a parameter of a run that jumps: the prediction that the weights are set to, whole before the first one is set; on
+# disk theta_0 of the next window, and weights and optimizer state (of Adam) from before a jump.
+JUMP_MEMORY, JUMP_DISK = 4, 4 + 12
 # Files of a sketch on disk at a time: the two that are kept, and the one being written.
 SKETCH_FILES = 3
 
@@ -35,6 +38,7 @@ class Workload:
         change_rate: share of the bf16 weights that change a step.
         rows_held: rows that are in memory and on disk already, beside the state; None before theta_0 is taken.
         checkpoint: bytes of a predicted checkpoint, those of the base; None for all in bfloat16.
+        jump: the weights may be set to a prediction, and set back.
     """
 
     kind: Kind
@@ -45,6 +49,7 @@ class Workload:
     change_rate: float = CAREFUL_CHANGE_RATE
     rows_held: int | None = None
     checkpoint: int | None = None
+    jump: bool = False
 
     @property
     def row_bytes(self) -> float:
@@ -59,7 +64,8 @@ class Workload:
     def memory(self, elements: int) -> int:
         """Host memory of a rank that holds so many parameters, at the cut."""
         gram = 2 * self.tensors * self.rows**2 * 8
-        return self._state_and_rows(elements, self.rows) + gram
+        prediction = JUMP_MEMORY * elements if self.jump else 0
+        return self._state_and_rows(elements, self.rows) + gram + prediction
 
     def memory_to_come(self, elements: int) -> int:
         """Of `memory`, what is still to be taken. G is made anew, of all rows."""
@@ -75,7 +81,8 @@ class Workload:
         held, files = self.rows_held or 0, SKETCH_FILES
         if held:
             files -= 1  # that of the cut behind
-        return round(elements * ((self.rows - held) * self.row_bytes + files * self.kind.fixed_bytes))
+        jump = JUMP_DISK if self.jump else 0
+        return round(elements * ((self.rows - held) * self.row_bytes + files * self.kind.fixed_bytes + jump))
 
     def predicted(self, elements: int) -> int:
         """Disk for the predicted checkpoints."""

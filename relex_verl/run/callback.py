@@ -12,10 +12,12 @@ from relex_verl.reporting.findings import Findings
 from relex_verl.reporting.provenance import Provenance
 from relex_verl.run import announce
 from relex_verl.run.budget import predictions_to_write
-from relex_verl.run.config import Plan, RelexConfig
-from relex_verl.run.cut import Verdict, decide
+from relex_verl.run.config import ConfigError, RelexConfig
+from relex_verl.run.cut import Verdict, decide, restore
+from relex_verl.run.jump import carry_out, go_on_from, jumps_before
 from relex_verl.run.output import OutputFolder
-from relex_verl.run.protocol import Host, RunFacts, Setup, Started, Weights
+from relex_verl.run.plan import Plan
+from relex_verl.run.protocol import Host, Opened, RunFacts, Setup, Started, Weights
 from relex_verl.run.ranks import Ranks, RelexError
 from relex_verl.run.schedule import Schedule
 from relex_verl.trajectory.index import TrajectoryError
@@ -89,11 +91,13 @@ class RelexCallback:
         setup = Setup(
             config=self.config,
             plans=self.schedule.plans,
-            predictions=predictions_to_write(len(self.schedule.predictions)),
+            predictions=0 if self.config.on_cut == "jump" else predictions_to_write(len(self.schedule.predictions)),
             output_dir=self._output.path,
             run=self._run,
         )
         started: Started = self._ranks.ask_or_refuse("relex_start", setup)
+        if started.reason is not None and self.config.on_cut == "jump":
+            raise ConfigError("relex.on_cut", "jump", f"a jump sets float32 master weights, and {started.reason}")
         if started.reason is not None:
             fallen = started.kind != self.config.kind.name
             became = f"becomes {KINDS[started.kind].trajectory}" if fallen else "follows bfloat16 weights"
@@ -112,18 +116,22 @@ class RelexCallback:
             self.schedule.resume(step, self._output.earlier_cuts(step))
         else:
             self._output.claim({"base model": self._run.base_model, **self._run.names}, self._run.resume_mode)
-        if self.schedule.plan is None:
+        if self.schedule.plan is None and self.config.on_cut != "jump":
             self._close()
             return
-        held = self._ranks.ask_or_refuse("relex_open", step)
+        opened: Opened = self._ranks.ask_or_refuse("relex_open", step)
         if not appears(self._output.index):
             raise TrajectoryError(f"the driver sees no relex.output_dir={self._output.path}: use a shared file system")
-        if held:
-            logger.info("RELEX: goes on after step %d, with %d observed steps", step, len(held))
+        if opened.began and step:
+            go_on_from(self._ranks, self.schedule, step)
+        elif opened.steps:
+            logger.info("RELEX: goes on after step %d, with %d observed steps", step, len(opened.steps))
         elif step:
             logger.warning("RELEX: observes from step %d on; the steps before were trained without it", step)
-        if step == self.plan.t_cut:
-            self._cut_again(step, observed=step in held)
+        if self.schedule.plan is None:
+            self._close()
+        elif step == self.plan.t_cut:
+            self._cut_again(step, observed=step in opened.steps)
 
     def _cut_again(self, step: int, observed: bool) -> None:
         """verl saves a step between the fit and the scores; the run has ended between the two."""
@@ -187,11 +195,9 @@ class RelexCallback:
         findings, self._findings = self._findings, None
         assert findings is not None
         try:
-            verdict: Verdict | None = self._guard(
-                lambda: decide(host, self.config, self.plan, findings, self.schedule.alpha_share)
-            )
+            verdict: Verdict | None = self._guard(lambda: self._decide(step, findings, host))
         finally:
-            self._restore(step, host)
+            restore(host, step)
         return {} if verdict is None else self._guard(lambda: self._conclude(step, findings, verdict, host)) or {}
 
     def on_train_end(self) -> None:
@@ -237,20 +243,17 @@ class RelexCallback:
         self._ranks.ask("relex_write", prediction, folder, facts.to_json())
         self._written[folder] = facts
 
-    def _restore(self, step: int, host: Host) -> None:
-        """Outside every guard: a rollout that kept a prediction's weights would sample the next step from them."""
-        try:
-            host.relex_restore()
-        except Exception as error:
-            raise RelexError(
-                f"after the scoring at step {step} the rollout could not be given the policy's weights back. Training on "
-                "would sample from other weights than the policy's, so the run ends here, whatever relex.on_error says: "
-                "resume it from its last checkpoint"
-            ) from error
+    def _decide(self, step: int, findings: Findings, host: Host) -> Verdict:
+        """Score, and jump if it comes to that: the rollout gets those weights when it gets the policy's back."""
+        jumps = jumps_before(self.config, self.schedule, self._output)
+        verdict = decide(host, self.config, self.plan, findings, self.schedule.alpha_share, jumps)
+        if jumps is not None:
+            verdict.jump = carry_out(self._ranks, self.config, step, verdict.advice)
+        return verdict
 
     def _conclude(self, step: int, findings: Findings, verdict: Verdict, host: Host | None) -> dict[str, float]:
         """Tell the user in every place, and act: stop, go on to the next cut, or let go."""
-        winner = verdict.winner
+        winner = verdict.winner if verdict.advice.action == "stop" else None
         if winner is not None and self._output.predicted(winner) not in self._written:
             self._write(winner, findings.steps)
         self._output.recommend(winner)
@@ -265,7 +268,7 @@ class RelexCallback:
         if advice.action == "stop" and self.config.on_cut == "stop" and host is not None:
             logger.info("RELEX: the run ends here, as relex.on_cut=stop says")
             announce.attempt("the last checkpoint", host.relex_end_training)
-        following = self.schedule.following() if advice.action == "keep_training" else None
+        following = self.schedule.after(advice)
         if following is None:
             self._close()
             return

@@ -1,59 +1,24 @@
 """Every key under `relex`, its meaning, and its check. A wrong key is refused before the first step, never ignored."""
 
 import difflib
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from relex_verl.maths.extrapolators import METHODS
 from relex_verl.maths.sketch import SIZES
+from relex_verl.run.checks import ConfigError, is_list, is_number, is_whole, one_of, whole
+from relex_verl.run.plan import Plan, first
 from relex_verl.trajectory.kinds import QUANTIZATIONS, TRAJECTORIES, Kind, kind_of
 
 __all__ = ["ConfigError", "Plan", "RelexConfig"]
 
 
 METRIC = re.compile(r"val-(core|aux)/.+/[^/]+/mean@\d+")
-
-
-class ConfigError(ValueError):
-    """A key under `relex` (or a verl key that RELEX depends on) with a value that cannot work: key, value, cure."""
-
-    def __init__(self, key: str, value: object, cure: str) -> None:
-        super().__init__(f"{key}={value!r}: {cure}")
-        self.key = key
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A configuration resolved against the length of the run.
-
-    Attributes:
-        t_cut: the step at which to fit; the next one, once a cut has not won.
-        targets: steps to predict, ascending.
-        observe_every: steps between two observed rows.
-        first: no row is taken before this step.
-    """
-
-    t_cut: int
-    targets: list[int]
-    observe_every: int
-    first: int = 1
-
-    def observes(self, step: int) -> bool:
-        """Whether a row is taken after this step: every `observe_every` steps, and always at the cut."""
-        return self.first <= step <= self.t_cut and (step % self.observe_every == 0 or step == self.t_cut)
-
-    def rows_from(self, first: int) -> int:
-        """Observed steps from `first` up to the cut."""
-        return sum(self.observes(step) for step in range(max(1, first), self.t_cut + 1))
-
-    @property
-    def rows(self) -> int:
-        """Observed steps up to the cut."""
-        return self.rows_from(1)
 
 
 @dataclass(frozen=True)
@@ -78,8 +43,16 @@ class RelexConfig:
         max_candidates: validations that a cut may spend on predictions, besides the one of the last observed weights.
         confidence: level of the paired test that a prediction has to pass, for all cuts of a run together.
         validation_timeout_s: seconds after which a validation counts as failed.
-        on_cut: "advise" only tells; "stop" ends the run when the advice is to stop.
+        on_cut: "advise" only tells; "stop" ends the run when the advice is to stop; "jump" sets the weights to the winner
+            and trains on from there, cut after cut.
         recut_every: steps until the next cut after one that did not win; "auto" is as many as the first cut took.
+        window: of "jump": steps from one cut to the next, each with rows of its own; "auto" is as many as the first took.
+        max_jumps: of "jump": how many; null for no bound.
+        jump_optimizer: of "jump": "keep" the optimizer's state, or "reset" it.
+        jump_confidence: of "jump": level of the one-sided test that the winner is worse than the observed weights; one that
+            is exactly as good is refused in a share 1 - jump_confidence of all cases.
+        jump_undo: of "jump": keep weights and optimizer state from before until the next cut, and go back if what was
+            trained from the jump has fallen behind them by the same test.
         on_error: "disable" logs an error inside RELEX once and goes on training without it; "raise" stops the run.
         output_dir: where trajectory, predicted checkpoints and report go.
     """
@@ -100,6 +73,11 @@ class RelexConfig:
     validation_timeout_s: float = 3600.0
     on_cut: str = "advise"
     recut_every: int | str = "auto"
+    window: int | str = "auto"
+    max_jumps: int | None = None
+    jump_optimizer: str = "keep"
+    jump_confidence: float = 0.8
+    jump_undo: bool = True
     on_error: str = "disable"
     output_dir: str = "${trainer.default_local_dir}/relex"
 
@@ -116,21 +94,22 @@ class RelexConfig:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"did you mean relex.{near[0]}?" if near else f"the keys are {', '.join(known)}"
                 raise ConfigError(f"relex.{key}", value, f"unknown key; {hint}")
-        values: dict[str, Any] = {key: list(value) if _is_list(value) else value for key, value in node.items()}
+        values: dict[str, Any] = {key: list(value) if is_list(value) else value for key, value in node.items()}
         config = cls(**values)
         config._check()
         whole = {key: int(getattr(config, key)) for key in ("rank", "fit_from", "max_candidates", "sketch_size")}
         return replace(config, **whole)  # type: ignore[arg-type]  # 2.0 is a whole number, but no index
 
     def _check(self) -> None:
-        _one_of("relex.trajectory", self.trajectory, TRAJECTORIES)
-        _one_of("relex.quantization", self.quantization, QUANTIZATIONS)
-        _one_of("relex.on_error", self.on_error, ["disable", "raise"])
-        _one_of("relex.on_cut", self.on_cut, ["advise", "stop"])
+        one_of("relex.trajectory", self.trajectory, TRAJECTORIES)
+        one_of("relex.quantization", self.quantization, QUANTIZATIONS)
+        one_of("relex.on_error", self.on_error, ["disable", "raise"])
+        one_of("relex.on_cut", self.on_cut, ["advise", "stop", "jump"])
         self._check_when()
         self._check_fit()
         self._check_sketch()
         self._check_scoring()
+        self._check_jump()
 
     def _check_sketch(self) -> None:
         if self.sketch_size not in SIZES:
@@ -144,30 +123,28 @@ class RelexConfig:
             raise ConfigError("relex.rank", self.rank, f"relex.sketch_size={self.sketch_size} holds no more directions")
 
     def _check_when(self) -> None:
-        if not _is_number(self.t_cut) or self.t_cut <= 0:
+        if not is_number(self.t_cut) or self.t_cut <= 0:
             raise ConfigError("relex.t_cut", self.t_cut, "give a share of all steps (0 to 1) or a step (1 or more)")
-        if not _is_list(self.targets) or not self.targets:
+        if not is_list(self.targets) or not self.targets:
             raise ConfigError("relex.targets", self.targets, "give a list, e.g. [1.0] or [60,100]")
         for target in self.targets:
-            if not _is_number(target) or target <= 0:
+            if not is_number(target) or target <= 0:
                 raise ConfigError("relex.targets", target, "give shares of all steps (up to 1.0) or steps")
-        if self.observe_every != "auto" and (not _is_whole(self.observe_every) or int(self.observe_every) < 1):
-            raise ConfigError(
-                "relex.observe_every", self.observe_every, "give auto or a whole number of steps, 1 or more"
-            )
-        if self.recut_every != "auto" and (not _is_whole(self.recut_every) or int(self.recut_every) < 1):
-            raise ConfigError("relex.recut_every", self.recut_every, "give auto or a whole number of steps, 1 or more")
+        for key in ("observe_every", "recut_every", "window"):
+            if getattr(self, key) != "auto":
+                cure = "give auto or a whole number of steps, 1 or more"
+                whole(f"relex.{key}", getattr(self, key), 1, cure)
 
     def _check_fit(self) -> None:
-        if not _is_list(self.methods) or not self.methods:
+        if not is_list(self.methods) or not self.methods:
             raise ConfigError("relex.methods", self.methods, f"give a list of {', '.join(METHODS)}")
         for method in self.methods:
-            _one_of("relex.methods", method, list(METHODS))
+            one_of("relex.methods", method, list(METHODS))
         if len(set(self.methods)) < len(self.methods):
             raise ConfigError("relex.methods", self.methods, "name each method once")
-        if not _is_whole(self.rank) or self.rank < 1:
+        if not is_whole(self.rank) or self.rank < 1:
             raise ConfigError("relex.rank", self.rank, "give a whole number, 1 or more (the paper uses 1)")
-        if not _is_whole(self.fit_from) or self.fit_from < 0:
+        if not is_whole(self.fit_from) or self.fit_from < 0:
             raise ConfigError("relex.fit_from", self.fit_from, "give a step, 1 for all rows")
         if not isinstance(self.output_dir, str) or not self.output_dir:
             raise ConfigError("relex.output_dir", self.output_dir, "give a folder")
@@ -178,71 +155,43 @@ class RelexConfig:
         if self.score_metric is not None and not METRIC.fullmatch(str(self.score_metric)):
             cure = "give val-core/<data source>/<variable>/mean@<n>: prompts are paired by their mean over the samples"
             raise ConfigError("relex.score_metric", self.score_metric, cure)
-        if not _is_whole(self.max_candidates) or self.max_candidates < 1:
+        if not is_whole(self.max_candidates) or self.max_candidates < 1:
             raise ConfigError("relex.max_candidates", self.max_candidates, "give a whole number, 1 or more")
-        if not _is_number(self.confidence) or not 0.5 <= self.confidence < 1:
+        if not is_number(self.confidence) or not 0.5 <= self.confidence < 1:
             raise ConfigError("relex.confidence", self.confidence, "give a level from 0.5 to below 1, e.g. 0.95")
-        if not _is_number(self.validation_timeout_s) or self.validation_timeout_s <= 0:
+        if not is_number(self.validation_timeout_s) or self.validation_timeout_s <= 0:
             raise ConfigError("relex.validation_timeout_s", self.validation_timeout_s, "give seconds, more than 0")
-        if self.on_cut == "stop" and not self.validate_targets:
-            cure = "RELEX stops a run on validation scores only: set relex.validate_targets=true"
+        if self.on_cut != "advise" and not self.validate_targets:
+            cure = "RELEX stops a run or jumps on validation scores only: set relex.validate_targets=true"
             raise ConfigError("relex.on_cut", self.on_cut, cure)
 
+    def _check_jump(self) -> None:
+        one_of("relex.jump_optimizer", self.jump_optimizer, ["keep", "reset"])
+        if not is_number(self.jump_confidence) or not 0.5 <= self.jump_confidence < 1:
+            raise ConfigError(
+                "relex.jump_confidence", self.jump_confidence, "give a level from 0.5 to below 1, e.g. 0.8"
+            )
+        if not isinstance(self.jump_undo, bool):
+            raise ConfigError("relex.jump_undo", self.jump_undo, "give true or false")
+        if self.max_jumps is not None:
+            whole("relex.max_jumps", self.max_jumps, 1, "give null for no bound, or a whole number, 1 or more")
+        usual = RelexConfig()
+        if self.on_cut != "jump":
+            for key in ("window", "max_jumps", "jump_optimizer", "jump_confidence", "jump_undo"):
+                if getattr(self, key) != getattr(usual, key):
+                    cure = f"only relex.on_cut=jump reads it, and relex.on_cut={self.on_cut}"
+                    raise ConfigError(f"relex.{key}", getattr(self, key), cure)
+            return
+        if self.kind.dtype != torch.float32:
+            cure = "a jump sets the float32 master weights: follow them, by relex.trajectory=fp32 or sketch"
+            raise ConfigError("relex.trajectory", self.trajectory, cure)
+        for key, instead in (("targets", "horizons are searched from 1.5 windows on"), ("recut_every", "relex.window")):
+            if getattr(self, key) != getattr(usual, key):
+                raise ConfigError(f"relex.{key}", getattr(self, key), f"leave it out with relex.on_cut=jump: {instead}")
+
     def plan(self, total_steps: int, kind: Kind | None = None) -> Plan:
-        """Resolve shares against the run.
-
-        Args:
-            total_steps: all steps of the run.
-            kind: the one that the engine allows, where it is not the configured one.
-
-        Raises:
-            ConfigError: a cut outside the run or too early for the methods, a rank above the rows, a target not after
-                the cut.
-        """
-        t_cut = _step(self.t_cut, total_steps, "relex.t_cut", share_below=1.0)
-        if not 1 <= t_cut <= total_steps:
-            cure = f"resolves to step {t_cut}, but the run has {total_steps}: give a step within 1..{total_steps}"
-            raise ConfigError("relex.t_cut", self.t_cut, cure)
-        targets = sorted({self._target(target, t_cut, total_steps) for target in self.targets})
-        kind = kind or self.kind
-        every = kind.spacing(t_cut) if self.observe_every == "auto" else int(self.observe_every)
-        # A sketch cannot leave out afterwards what it has added up.
-        plan = Plan(t_cut, targets, every, 1 if kind.keeps_rows else max(1, self.fit_from))
-        rows = plan.rows_from(self.fit_from)
-        needed = max(METHODS[method].min_rows for method in self.methods)
-        if rows < needed:
-            have = (
-                f"leaves {rows} observed steps from {self.fit_from} up to the cut, {list(self.methods)} need {needed}"
-            )
-            raise ConfigError("relex.t_cut", self.t_cut, f"{have}: cut later, or observe more often")
-        if self.rank > rows:
-            cure = f"only {rows} steps are observed up to the cut: give at most {rows}"
-            raise ConfigError("relex.rank", self.rank, cure)
-        return plan
-
-    def next_plan(self, plan: Plan, first_cut: int, total_steps: int, kind: Kind) -> Plan | None:
-        """The plan after a cut that did not win, with all rows so far; None when the run ends before the next cut.
-
-        Rows that "auto" spaces out become four times as rare: they cost memory, and the window grows.
-        """
-        t_cut = plan.t_cut + (first_cut if self.recut_every == "auto" else int(self.recut_every))
-        if t_cut >= total_steps:
-            return None
-        every = plan.observe_every
-        if kind.auto_rows is not None and self.observe_every == "auto" and plan.t_cut == first_cut:
-            every *= 4
-        later = [target for target in plan.targets if target > t_cut]
-        return replace(plan, t_cut=t_cut, targets=later or [2 * t_cut], observe_every=every)
-
-    def _target(self, target: float, t_cut: int, total_steps: int) -> int:
-        step = _step(target, total_steps, "relex.targets", share_below=1.0 + 1e-9)
-        if step <= t_cut:
-            # 1 is the one number that could be both; as a target step it could never lie after a cut.
-            cure = (
-                f"resolves to step {step}, which is not after the cut at {t_cut}: predict a later step, or cut earlier"
-            )
-            raise ConfigError("relex.targets", target, cure)
-        return step
+        """The first cut, see `plan.first`."""
+        return first(self, total_steps, kind or self.kind)
 
     @property
     def kind(self) -> Kind:
@@ -253,28 +202,3 @@ class RelexConfig:
     def folder(self) -> Path:
         """output_dir as a path."""
         return Path(self.output_dir).expanduser().absolute()
-
-
-def _step(value: float, total_steps: int, key: str, share_below: float) -> int:
-    if value < share_below:
-        return max(1, round(value * total_steps))
-    if not _is_whole(value):
-        raise ConfigError(key, value, "steps are whole numbers; shares of all steps lie between 0 and 1")
-    return int(value)
-
-
-def _is_list(value: object) -> bool:
-    return not isinstance(value, str) and hasattr(value, "__iter__") and not isinstance(value, Mapping)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int | float) and _is_number(value) and math.isfinite(value) and value == int(value)
-
-
-def _one_of(key: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ConfigError(key, value, f"give one of {', '.join(allowed)}")

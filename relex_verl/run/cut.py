@@ -3,15 +3,18 @@
 import logging
 from dataclasses import dataclass, field
 
-from relex_verl.maths.advice import Advice, advise, decides, unscored
+from relex_verl.maths.advice import Advice, Scores, advise, decides, unscored
 from relex_verl.maths.extrapolators import Prediction
+from relex_verl.maths.harm import judge_jump, judge_undo
 from relex_verl.maths.search import screen, search
 from relex_verl.reporting.findings import Findings, Scored
-from relex_verl.run.config import Plan, RelexConfig
+from relex_verl.run.config import RelexConfig
+from relex_verl.run.plan import NEAREST_JUMP, Plan
 from relex_verl.run.protocol import OBSERVED, Host, Weights
+from relex_verl.run.ranks import RelexError
 from relex_verl.run.validation import Validation
 
-__all__ = ["Verdict", "decide"]
+__all__ = ["Jumps", "Verdict", "decide", "restore"]
 
 logger = logging.getLogger("relex_verl")
 
@@ -26,6 +29,7 @@ class Verdict:
         scored: predictions with their validations, in the order in which they were scored.
         search_scores: folder name -> score on the half of the prompts that the search saw.
         screened_out: method -> why it was not scored.
+        jump: metrics of a run that jumps, see `jump.carry_out`.
     """
 
     advice: Advice
@@ -33,6 +37,7 @@ class Verdict:
     scored: list[tuple[Prediction, Validation]] = field(default_factory=list)
     search_scores: dict[str, float] = field(default_factory=dict)
     screened_out: dict[str, str] = field(default_factory=dict)
+    jump: dict[str, float] = field(default_factory=dict)
 
     @property
     def winner(self) -> Prediction | None:
@@ -66,8 +71,8 @@ class Verdict:
     def metrics(self) -> dict[str, float]:
         """`relex/val/<method>-step_<N>/...`, and what each validation and all of them cost."""
         if self.hold is None:
-            return {}
-        flat = {"relex/val/candidates": float(len(self.scored))}
+            return self.jump
+        flat = self.jump | {"relex/val/candidates": float(len(self.scored))}
         for name, validation in [
             ("observed", self.hold),
             *((prediction.folder_name, validation) for prediction, validation in self.scored),
@@ -78,7 +83,24 @@ class Verdict:
         return flat
 
 
-def decide(host: Host, config: RelexConfig, plan: Plan, findings: Findings, share: float = 1.0) -> Verdict:
+@dataclass(frozen=True)
+class Jumps:
+    """What a cut of a run that jumps has to know of the ones before.
+
+    Attributes:
+        allowed: whether this cut may jump.
+        undoable: the step of the last jump, if this is the first cut after it and it can still be undone.
+        before: scores of the weights before that jump; None where they are not known any more.
+    """
+
+    allowed: bool
+    undoable: int | None = None
+    before: Scores | None = None
+
+
+def decide(
+    host: Host, config: RelexConfig, plan: Plan, findings: Findings, share: float = 1.0, jumps: Jumps | None = None
+) -> Verdict:
     """Score the last observed weights and up to `relex.max_candidates` predictions with verl's own validation.
 
     The caller restores the rollout's weights afterwards, whatever happens here.
@@ -89,17 +111,35 @@ def decide(host: Host, config: RelexConfig, plan: Plan, findings: Findings, shar
         plan: of this cut.
         findings: of rank 0 in the window.
         share: of alpha that this cut may spend, see `advice.alpha_share`.
+        jumps: of a run that jumps; None for any other.
     """
     verdict = Verdict(unscored("no validation"))
     try:
         methods, verdict.screened_out = screen(findings.backtests, findings.drift, findings.agreement)
         for method, reason in verdict.screened_out.items():
             logger.info("RELEX: %s is not scored: %s", method, reason)
-        verdict.advice = _Scoring(host, config, plan, verdict).run(methods, findings.origin_step, share)
+        scoring = _Scoring(host, config, plan, verdict)
+        verdict.advice = scoring.run(methods, findings.origin_step, share, jumps)
     except Exception as error:
         logger.warning("RELEX: the scoring at step %d failed; nothing is recommended", plan.t_cut, exc_info=True)
         verdict.advice = unscored(f"the validation failed ({type(error).__name__}: {error})")
     return verdict
+
+
+def restore(host: Host, step: int) -> None:
+    """Outside every guard: a rollout that kept a prediction's weights would sample the next step from them.
+
+    Raises:
+        RelexError: the rollout could not be given the policy's weights back.
+    """
+    try:
+        host.relex_restore()
+    except Exception as error:
+        raise RelexError(
+            f"after the scoring at step {step} the rollout could not be given the policy's weights back. Training on "
+            "would sample from other weights than the policy's, so the run ends here, whatever relex.on_error says: "
+            "resume it from its last checkpoint"
+        ) from error
 
 
 class _Scoring:
@@ -108,7 +148,7 @@ class _Scoring:
     def __init__(self, host: Host, config: RelexConfig, plan: Plan, verdict: Verdict) -> None:
         self.host, self.config, self.plan, self.verdict = host, config, plan, verdict
 
-    def run(self, methods: list[str], origin_step: int, share: float) -> Advice:
+    def run(self, methods: list[str], origin_step: int, share: float, jumps: Jumps | None) -> Advice:
         """Score the last observed weights, search along the lines from the origin, and test the best that was found."""
         plan, verdict, config = self.plan, self.verdict, self.config
         observed = f"observed-step_{plan.t_cut}"
@@ -118,6 +158,12 @@ class _Scoring:
             return unscored(f"{len(hold.prompts)} validation prompts are too few to split")
         verdict.hold = hold
         verdict.search_scores[observed] = held = hold.mean(searched)
+        if jumps is not None:
+            undo = self._fallen_behind(hold, jumps)
+            if undo is not None:
+                return undo
+            if not jumps.allowed:
+                return Advice("keep_training", None, f"Keep training: no jump is left at step {plan.t_cut}")
 
         def score(method: str, target: int) -> float:
             prediction = self._prediction(method, target)
@@ -129,13 +175,23 @@ class _Scoring:
             return search_score
 
         noise = hold.standard_error(searched)
-        candidates = search(score, methods, plan.targets, plan.t_cut, held, config.max_candidates, noise, origin_step)
+        nearest = 1.0 if jumps is None else NEAREST_JUMP
+        candidates = search(
+            score, methods, plan.targets, plan.t_cut, held, config.max_candidates, noise, origin_step, nearest
+        )
         if not candidates:
             return unscored("no method is left to score")
         best = max(candidates, key=lambda candidate: candidate.score)
         prediction = self._prediction(best.method, best.target)
         validation = next(validation for scored, validation in verdict.scored if scored == prediction)
+        if jumps is not None:
+            return judge_jump(prediction, validation, hold, plan.t_cut, config.jump_confidence)
         return advise(prediction, validation, hold, plan.t_cut, config.confidence, share)
+
+    def _fallen_behind(self, now: Validation, jumps: Jumps) -> Advice | None:
+        if jumps.undoable is None or jumps.before is None:
+            return None
+        return judge_undo(now, jumps.before, self.plan.t_cut, jumps.undoable, self.config.jump_confidence)
 
     def _prediction(self, method: str, target: int) -> Prediction:
         return Prediction(method, target, self.config.rank, self.config.fit_from)

@@ -22,7 +22,7 @@ __all__ = ["OutputFolder"]
 
 logger = logging.getLogger("relex_verl")
 
-RESULTS = ("predicted", "recommended", "scores", "figures", "report.json", "report.html")
+RESULTS = ("predicted", "recommended", "scores", "figures", "before_jump", "report.json", "report.html")
 
 
 class OutputFolder:
@@ -142,6 +142,17 @@ class OutputFolder:
         """Write every sample's score, one file a scored set of weights: prompt -> scores."""
         for name, validation in validations.items():
             write_json(self.cut(t_cut) / f"{name}.json", strict(validation.samples))
+
+    def observed_scores(self, t_cut: int) -> Validation | None:
+        """What the weights of a cut scored, prompt by prompt; None where that is not there, or damaged."""
+        path = self.path / "scores" / f"cut_{t_cut}" / f"observed-step_{t_cut}.json"
+        try:
+            samples = {
+                str(prompt): [float(one) for one in scores] for prompt, scores in json.loads(path.read_text()).items()
+            }
+        except (OSError, ValueError, TypeError, AttributeError):
+            return None
+        return Validation({}, "", {prompt: scores for prompt, scores in samples.items() if scores}, 0.0)
 
     # What is recommended
 

@@ -2,18 +2,32 @@
 
 import functools
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
+
+import torch
 
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.pipeline.collectives import PeerError
 from relex_verl.run.config import Plan, RelexConfig
 from relex_verl.run.validation import Validation
-from relex_verl.trajectory.shards import ShardSource
+from relex_verl.trajectory.shards import ShardSource, TensorShard
 
-__all__ = ["OBSERVED", "Answer", "Engine", "Host", "RunFacts", "Setup", "Started", "Weights", "answers"]
+__all__ = [
+    "OBSERVED",
+    "Answer",
+    "Engine",
+    "Host",
+    "JumpingEngine",
+    "Opened",
+    "RunFacts",
+    "Setup",
+    "Started",
+    "Weights",
+    "answers",
+]
 
 OBSERVED = "observed"
 # What can be scored: a prediction, or the weights observed last (`OBSERVED`), rounded and sent along the same path.
@@ -76,6 +90,19 @@ class Started:
 
 
 @dataclass(frozen=True)
+class Opened:
+    """What a rank says once the trajectory is open.
+
+    Attributes:
+        steps: that its last window holds.
+        began: the window began at the very step that the run goes on from.
+    """
+
+    steps: list[int]
+    began: bool
+
+
+@dataclass(frozen=True)
 class Answer:
     """What a rank reports: a value, or the error that stopped it (`peer` when another rank's)."""
 
@@ -124,6 +151,22 @@ class Engine(Protocol):
 
     def shards(self, master: bool) -> ShardSource:
         """The weights: float32 master weights, or their bfloat16 rounding. Called once."""
+
+
+class JumpingEngine(Engine, Protocol):
+    """What a rank of a run that jumps needs besides."""
+
+    def assign(self, shards: Sequence[TensorShard]) -> None:
+        """Set the float32 master weights that this rank holds; nothing is set if it raises."""
+
+    def reset_optimizer(self) -> None:
+        """Forget the optimizer's state; the learning-rate schedule goes on."""
+
+    def state(self) -> Mapping[str, torch.Tensor]:
+        """This rank's weights and optimizer state, in place."""
+
+    def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """Set weights and optimizer state to what `state` gave, bit by bit; nothing is set if it raises."""
 
 
 class Host(Protocol):

@@ -3,9 +3,10 @@
 import logging
 import socket
 from collections.abc import Iterator
+from functools import cached_property
 from math import nan
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -20,7 +21,8 @@ from relex_verl.reporting import figures, metrics
 from relex_verl.reporting.findings import Findings
 from relex_verl.run import admission, machine
 from relex_verl.run.budget import Workload
-from relex_verl.run.protocol import Engine, Setup, Started, Weights
+from relex_verl.run.jumping_rank import JumpingRank
+from relex_verl.run.protocol import Engine, JumpingEngine, Opened, Setup, Started, Weights
 from relex_verl.trajectory.kinds import KINDS
 from relex_verl.trajectory.shards import TensorShard
 
@@ -57,8 +59,8 @@ class RelexRank:
         self._observer.start(self._source, admit=self._admit)
         return Started(self._observer.kind.name, self._reason, self._cost)
 
-    def open(self, step: int) -> list[int]:
-        """Open the trajectory after the step that training goes on from; the steps that it holds."""
+    def open(self, step: int) -> Opened:
+        """Open the trajectory after the step that training goes on from."""
         self._observer.open(step)
         steps, fit_from = self._observer.steps, self._setup.config.fit_from
         with self._ranks.together():
@@ -67,7 +69,14 @@ class RelexRank:
                     f"relex.fit_from={fit_from}: the sketch that this run goes on with holds steps from {steps[0]} on, and "
                     "cannot leave them out. Give the value that the run began with"
                 )
-        return steps
+        return Opened(list(steps), self._observer.replays is not None)
+
+    @cached_property
+    def jumping(self) -> JumpingRank:
+        """What only a run that jumps needs."""
+        return JumpingRank(
+            cast(JumpingEngine, self._engine), self._observer, self._source, self._setup.output_dir / "before_jump"
+        )
 
     def observe(self, step: int) -> dict[str, float]:
         """Add the row of this step; rank 0 answers with the metrics."""

@@ -2,11 +2,14 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
+from math import ceil
 
-from relex_verl.maths.advice import alpha_share
+from relex_verl.maths.advice import Advice, alpha_share
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.reporting.findings import EarlierCut
-from relex_verl.run.config import Plan, RelexConfig
+from relex_verl.run.config import RelexConfig
+from relex_verl.run.plan import NEAREST_JUMP, Plan, following
 from relex_verl.trajectory.kinds import KINDS
 
 __all__ = ["Schedule"]
@@ -41,6 +44,8 @@ class Schedule:
     def predictions(self) -> list[Prediction]:
         """The configured ones of the coming cut."""
         methods, targets = self._config.methods, [] if self.plan is None else self.plan.targets
+        if self._config.on_cut == "jump":
+            return []  # what wins is trained on from, and stays in the trajectory
         return [self.prediction(method, target) for method in methods for target in targets]
 
     def prediction(self, method: str, target: int) -> Prediction:
@@ -65,7 +70,51 @@ class Schedule:
         """The cut after the coming one, if that does not win; None when the run ends before it."""
         if self.plan is None:
             return None
-        return self._config.next_plan(self.plan, self._first_cut, self._total_steps, self.kind)
+        plan = following(self._config, self.plan, self._first_cut, self._total_steps, self.kind)
+        if plan is None or not self.jumps:
+            return plan
+        # The line is about as good again as it was: the search begins where it won last.
+        windows = self._horizon(self.jumps[-1])
+        return replace(plan, targets=[plan.origin + ceil(windows * (plan.t_cut - plan.origin))])
+
+    def _horizon(self, cut: EarlierCut) -> float:
+        """How many windows far the jump of a cut went; 1 is the cut itself."""
+        assert cut.advice.target is not None
+        origin = cut.origin_step or 0
+        return max(NEAREST_JUMP, (cut.advice.target.target - origin) / (cut.t_cut - origin))
+
+    def after(self, advice: Advice) -> Plan | None:
+        """The cut up to which a run is observed on that was given this advice at the coming one; None where it is not.
+
+        Args:
+            advice: whether or not it is among the `earlier` ones already.
+        """
+        if self._config.on_cut != "jump":
+            return self.following() if advice.action == "keep_training" else None
+        jumps = [cut.advice for cut in self.jumps]
+        jumps += [advice] if advice.action == "jump" and advice not in jumps else []
+        most = self._config.max_jumps
+        if most is not None and len(jumps) >= most and not (jumps[-1] is advice and self._config.jump_undo):
+            return None  # no jump is left, nor one to be undone
+        return self.following()
+
+    @property
+    def jumps(self) -> list[EarlierCut]:
+        """The cuts at which the weights were set to a prediction."""
+        return [cut for cut in self.earlier if cut.advice.action == "jump"]
+
+    @property
+    def may_jump(self) -> bool:
+        """Whether the coming cut may: there are steps to be trained after it, and fewer jumps behind than allowed."""
+        most = self._config.max_jumps
+        allowed = most is None or len(self.jumps) < most
+        return allowed and self.plan is not None and self.plan.t_cut < self._total_steps
+
+    @property
+    def undoable(self) -> EarlierCut | None:
+        """The cut before the coming one, if it jumped and the jump may be undone."""
+        last = self.earlier[-1] if self.earlier else None
+        return last if last is not None and last.advice.action == "jump" and self._config.jump_undo else None
 
     def resume(self, step: int, earlier: Sequence[EarlierCut]) -> None:
         """Go to the cut that comes next after a step. It may be that step's own, when it came to no verdict.
@@ -76,7 +125,7 @@ class Schedule:
         """
         self.earlier = list(earlier)
         final = [cut.advice for cut in earlier if cut.advice.action != "keep_training"]
-        if final:
+        if final and self._config.on_cut != "jump":
             logger.info("RELEX: no further cut, since this run has its verdict. %s", final[-1].reason)
             self.plan = None
         verdicts = {cut.t_cut for cut in earlier}

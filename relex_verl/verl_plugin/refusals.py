@@ -96,6 +96,27 @@ def check_quantized_training(config: DictConfig) -> None:
         _refuse_engine(config, "qat_implementation", f"{cure} (none), or train without +relex")
 
 
+def check_jump(config: DictConfig) -> None:
+    """A jump sets the float32 weights of an FSDP engine, each rank its own, while nothing is generated."""
+    if config.relex.on_cut != "jump":
+        return
+    cure, actor = "use another relex.on_cut", config.actor_rollout_ref.actor
+    if config.trainer.v1.trainer_mode == "relex_separate_async":
+        cure = f"it is made for sync and colocate_async: +relex=default or +relex=colocate_async, or {cure}"
+        raise ConfigError("relex.on_cut", "jump", cure)
+    if actor.strategy not in ("fsdp", "fsdp2"):
+        raise ConfigError(
+            f"{ACTOR}.strategy", actor.strategy, f"a jump sets the weights of fsdp and fsdp2 only: {cure}"
+        )
+    if OmegaConf.select(config.actor_rollout_ref.model, "lora_rank"):
+        rank = config.actor_rollout_ref.model.lora_rank
+        raise ConfigError(f"{MODEL}.lora_rank", rank, f"a jump sets whole weights, no adapters yet: {cure}")
+    ranks, size = config.trainer.n_gpus_per_node * config.trainer.nnodes, actor.fsdp_config.fsdp_size
+    if 0 < size < ranks:
+        cure = f"each rank sets what it alone holds, and {ranks} ranks hold copies: leave it at -1, or {cure}"
+        raise ConfigError(f"{ACTOR}.fsdp_config.fsdp_size", size, cure)
+
+
 def check_weight_transfer(config: DictConfig) -> None:
     """A way to send other weights than the engine's to the rollout; only `separate_async` has others than verl's first."""
     backend = config.actor_rollout_ref.rollout.checkpoint_engine.backend
@@ -177,6 +198,7 @@ CHECKS: list[Callable[[DictConfig], None]] = [
     check_torchtitan,
     check_quantized_training,
     check_lora,
+    check_jump,
     check_weight_transfer,
     check_base_model,
     check_output_folder,

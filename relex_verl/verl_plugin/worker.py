@@ -16,7 +16,7 @@ from verl.workers.engine_workers import ActorRolloutRefWorker
 
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.reporting.findings import Findings
-from relex_verl.run.protocol import Setup, Started, Weights, answers
+from relex_verl.run.protocol import Opened, Setup, Started, Weights, answers
 from relex_verl.run.rank import RelexRank
 from relex_verl.verl_plugin.adapters import AdapterEngine, peft_config
 from relex_verl.verl_plugin.source import VerlEngine
@@ -43,7 +43,7 @@ class _RelexWorkerMixin:
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     @answers
-    def relex_open(self, step: int) -> list[int]:
+    def relex_open(self, step: int) -> Opened:
         """See `RelexRank.open`."""
         return self._relex.open(step)
 
@@ -101,6 +101,30 @@ class _RelexWorkerMixin:
     def relex_write(self, prediction: Prediction, folder: Path, provenance: dict[str, Any]) -> None:
         """See `RelexRank.write`."""
         self._relex.write(prediction, folder, provenance)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @answers
+    def relex_jump(self, step: int, prediction: Prediction, optimizer: str, undoable: bool) -> float:
+        """See `JumpingRank.jump`."""
+        return self._relex.jumping.jump(step, prediction, optimizer, undoable)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @answers
+    def relex_undo(self, step: int) -> None:
+        """See `JumpingRank.undo`."""
+        self._relex.jumping.undo(step)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @answers
+    def relex_begin(self, step: int) -> None:
+        """See `JumpingRank.begin`."""
+        self._relex.jumping.begin(step)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @answers
+    def relex_replay(self) -> str | None:
+        """See `JumpingRank.replay`."""
+        return self._relex.jumping.replay()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     @answers

@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from relex_verl.maths.extrapolators import METHODS
 from relex_verl.run.config import ConfigError, Plan, RelexConfig
+from relex_verl.run.plan import following
 from relex_verl.trajectory.kinds import AUTO_ROWS, KINDS
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -56,6 +57,11 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(key, value, hint):
         ("on_error", ["ignore", None, True]),
         ("output_dir", ["", None, 7]),
         ("validate_targets", ["true", 1, None]),
+        ("window", [0, -1, 1.5, "5", None, True, NAN]),
+        ("max_jumps", [0, -1, 1.5, "1", True]),
+        ("jump_optimizer", ["drop", None, True]),
+        ("jump_confidence", [0.4, 1, 1.0, "0.8", None, True, NAN]),
+        ("jump_undo", ["true", 1, None]),
         ("score_metric", ["accuracy", "", "val-core/math", "val-core/math/acc/best@4", "val-core/math/acc/mean@4x", 3]),
         ("max_candidates", [0, 1.5, "6", None, INFINITY]),
         ("confidence", [0.4, 1, 1.0, "0.95", None, NAN]),
@@ -169,18 +175,18 @@ def test_rows_are_every_nth_step_and_always_the_cut(t_cut, every, first):
 def test_the_next_cut_is_as_far_again_and_rare_rows_are_thinned_once():
     config = RelexConfig(t_cut=32, targets=[50, 64, 100, 400])
     first = config.plan(500, KINDS["fp32-int8"])
-    second = config.next_plan(first, 32, 500, KINDS["fp32-int8"])
-    third = config.next_plan(second, 32, 500, KINDS["fp32-int8"])
+    second = following(config, first, 32, 500, KINDS["fp32-int8"])
+    third = following(config, second, 32, 500, KINDS["fp32-int8"])
     assert first == Plan(32, [50, 64, 100, 400], 2)
     assert second == Plan(64, [100, 400], 8)
     assert third == Plan(96, [100, 400], 8)
-    assert config.next_plan(Plan(32, [50], 1), 32, 500, KINDS["bf16"]) == Plan(64, [128], 1)
+    assert following(config, Plan(32, [50], 1), 32, 500, KINDS["bf16"]) == Plan(64, [128], 1)
 
 
 @pytest.mark.parametrize(("total", "t_cut"), [(72, None), (73, 72), (500, 72)])
 def test_there_is_no_next_cut_at_the_end_of_the_run(total, t_cut):
     config = RelexConfig(t_cut=32, recut_every=40, observe_every=3)
-    plan = config.next_plan(Plan(32, [500], 3), 32, total, KINDS["fp32-int8"])
+    plan = following(config, Plan(32, [500], 3), 32, total, KINDS["fp32-int8"])
     assert plan == (None if t_cut is None else Plan(t_cut, [500], 3))
 
 
@@ -208,7 +214,7 @@ def test_a_sketch_takes_each_step_from_the_burn_in_on_and_fits_polynomials_only(
     plan = config.plan(400)
     assert (plan.observe_every, plan.first, plan.rows) == (1, 11, 50)
     assert [step for step in range(1, 62) if plan.observes(step)] == list(range(11, 61))
-    later = config.next_plan(plan, 60, 400, KINDS["sketch-4"])
+    later = following(config, plan, 60, 400, KINDS["sketch-4"])
     assert (later.t_cut, later.first, later.observe_every) == (120, 11, 1)
     assert RelexConfig.from_mapping({"t_cut": 60, "fit_from": 11}).plan(400).first == 1
 
@@ -227,3 +233,44 @@ def test_what_a_sketch_cannot_give_is_refused(node, key, cure):
     with pytest.raises(ConfigError, match=cure) as caught:
         RelexConfig.from_mapping({"trajectory": "sketch", **node})
     assert caught.value.key == key
+
+
+def test_a_run_that_jumps_has_a_window_for_each_cut() -> None:
+    config = RelexConfig.from_mapping({"on_cut": "jump", "t_cut": 30, "window": 20, "observe_every": 10})
+    first = config.plan(100)
+    assert first == Plan(30, [45], 10, 1, 0)
+    second = following(config, first, 30, 100, config.kind)
+    assert second == Plan(50, [60], 10, 31, 30)
+    assert [step for step in range(100) if second.observes(step)] == [40, 50]
+    third = following(config, second, 30, 70, config.kind)
+    assert third is None  # the run ends there
+    assert config.plan(100, KINDS["sketch-4"]).first == 1
+    assert following(RelexConfig(on_cut="jump"), first, 30, 100, config.kind).t_cut == 60
+
+
+@pytest.mark.parametrize(
+    ("node", "says"),
+    [
+        ({"window": 20}, "relex.window=20: only relex.on_cut=jump reads it, and relex.on_cut=advise"),
+        ({"jump_undo": False, "on_cut": "stop"}, "relex.jump_undo=False: only relex.on_cut=jump reads it"),
+        ({"on_cut": "jump", "trajectory": "bf16"}, "relex.trajectory='bf16': a jump sets the float32 master weights"),
+        ({"on_cut": "jump", "targets": [60]}, "relex.targets=[60]: leave it out with relex.on_cut=jump: horizons"),
+        (
+            {"on_cut": "jump", "recut_every": 5},
+            "relex.recut_every=5: leave it out with relex.on_cut=jump: relex.window",
+        ),
+        (
+            {"on_cut": "jump", "validate_targets": False},
+            "relex.on_cut='jump': RELEX stops a run or jumps on validation",
+        ),
+    ],
+)
+def test_what_a_jump_needs_and_what_needs_a_jump(node, says) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        RelexConfig.from_mapping(node)
+
+
+def test_a_window_too_short_for_the_methods_is_refused() -> None:
+    config = RelexConfig.from_mapping({"on_cut": "jump", "t_cut": 30, "window": 2, "observe_every": 2})
+    with pytest.raises(ConfigError, match=r"relex\.window=2: leaves 1 observed steps"):
+        config.plan(100)

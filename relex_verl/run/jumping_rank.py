@@ -1,0 +1,130 @@
+"""A jump on one rank: the weights are set to a prediction, or to what they were before one. All ranks call the same.
+
+A window's origin is what its first row is compared with, and what a run that was killed sets its weights to when it comes
+back to the jump: so it is written first, and only then are the weights set. Up to that write nothing has happened.
+"""
+
+import math
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from relex_verl.maths.extrapolators import Prediction
+from relex_verl.pipeline.observer import Observer
+from relex_verl.pipeline.prediction import predicted_tensors
+from relex_verl.run.protocol import JumpingEngine
+from relex_verl.trajectory.files import stream_tensors
+from relex_verl.trajectory.shards import ShardSource, TensorShard
+
+__all__ = ["JumpingRank"]
+
+
+class JumpingRank:
+    """What a rank does at the cuts of a run that jumps."""
+
+    def __init__(self, engine: JumpingEngine, observer: Observer, source: ShardSource, folder: Path) -> None:
+        """Nothing is read or written yet.
+
+        Args:
+            engine: the host's.
+            observer: of this rank, once it is open.
+            source: the engine's float32 weights.
+            folder: for weights and optimizer state from before a jump; those of the last one are kept.
+        """
+        self._engine, self._observer, self._source = engine, observer, source
+        self._kept = folder / f"rank_{observer.ranks.rank:05d}.safetensors"
+
+    def jump(self, step: int, prediction: Prediction, optimizer: str, undoable: bool) -> float:
+        """Set the weights to a prediction of the window behind, and begin the next window from there.
+
+        Args:
+            step: the training step just done.
+            prediction: what to set them to, rounded to float32.
+            optimizer: "keep" its state, or "reset" it.
+            undoable: keep weights and optimizer state from before.
+
+        Returns:
+            How far that is, |theta after - theta before| over all weights.
+
+        Raises:
+            ValueError: a prediction that is not finite. Nothing has been set.
+        """
+        ranks, shards = self._observer.ranks, []
+        with ranks.together():
+            shards = self._float32(prediction)
+        with ranks.together():
+            if undoable:
+                self._kept.parent.mkdir(parents=True, exist_ok=True)
+                stream_tensors(self._kept, self._engine.state())
+            else:
+                self._kept.unlink(missing_ok=True)
+        squared = ranks.sum_over_ranks(torch.tensor([self._squared_distance(shards)], dtype=torch.float64))
+        said = {"method": prediction.method, "target": prediction.target, "rank": prediction.rank}
+        said |= {"fit_from": prediction.fit_from, "optimizer": optimizer}
+        self._observer.begin_window(step, shards, jump=said)
+        with ranks.together():
+            self._set(shards, optimizer)
+        return math.sqrt(float(squared))
+
+    def undo(self, step: int) -> None:
+        """Set weights and optimizer state to what they were before the last jump, and begin the next window from there.
+
+        Raises:
+            ValueError, OSError: they are not there any more, or were cut otherwise. Nothing has been set.
+        """
+        ranks = self._observer.ranks
+        with ranks.together():
+            kept = _read(self._kept)
+        with ranks.together():
+            self._engine.set_state(kept)
+        self._observer.begin_window(step, self._source, undone=True)
+
+    def begin(self, step: int) -> None:
+        """The next window begins from the weights as they are."""
+        self._observer.begin_window(step, self._source)
+
+    def replay(self) -> str | None:
+        """Make the jump (or its undoing) again that was made after the checkpoint that the run was resumed from.
+
+        Returns:
+            What was done, in words; None where the window began without either.
+        """
+        record, ranks = self._observer.replays, self._observer.ranks
+        if record is None or (record.jump is None and not record.undone):
+            return None
+        with ranks.together():
+            if record.undone:
+                self._engine.set_state(_read(self._kept))
+            else:
+                assert record.jump is not None
+                shards = {shard.name: shard for shard in self._observer.origin_shards()}
+                self._set([shards[name] for name in self._observer.held], str(record.jump["optimizer"]))
+        return f"the jump of step {record.origin_step} is {'undone' if record.undone else 'made'} again"
+
+    def _float32(self, prediction: Prediction) -> list[TensorShard]:
+        """This rank's part of a prediction, in the order in which the engine hands its weights out."""
+        observer = self._observer
+        window, histories = observer.window(), observer.histories()
+        shards = {
+            shard.name: shard
+            for shard in predicted_tensors(histories, observer.kind, window, prediction, dtype=torch.float32)
+        }
+        for name, shard in shards.items():
+            if not shard.data.isfinite().all():
+                raise ValueError(f"{prediction.folder_name} is not finite in {name}: no jump")
+        return [shards[name] for name in observer.held]
+
+    def _squared_distance(self, shards: list[TensorShard]) -> float:
+        held = self._observer.held
+        return sum(float((shard.data - held[shard.name].state).double().square().sum()) for shard in shards)
+
+    def _set(self, shards: list[TensorShard], optimizer: str) -> None:
+        self._engine.assign(shards)
+        if optimizer == "reset":
+            self._engine.reset_optimizer()
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    with safe_open(path, framework="pt") as handle:
+        return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
