@@ -51,6 +51,10 @@ def main(
         typer.Option(help="cpu, a small one of the recipe's own, or vllm: verl's own, in an environment of its own."),
     ] = "cpu",
     full: Annotated[bool, typer.Option("--full", help="Train on after the cut, to compare.")] = False,
+    jump: Annotated[
+        bool,
+        typer.Option("--jump", help="Set the weights to the best prediction at every cut (10% of the steps apart)."),
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for everything the run writes. (outputs/quickstart-TIME)")
     ] = None,
@@ -62,7 +66,7 @@ def main(
     """Check the arguments, then run phase by phase."""
     extra = overrides or []
     try:
-        schedule = resolve(steps, t_cut, targets, full)
+        schedule = resolve(steps, t_cut, targets, full, jump)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if strategy not in ("fsdp", "fsdp2"):
@@ -97,10 +101,10 @@ def _for_a_shell(command: list[str], environment: dict[str, str]) -> str:
 
 def _run(command: list[str], environment: dict[str, str], schedule: Schedule, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    predicted = ", ".join(map(str, schedule.targets))
-    console.print(
-        f"Training {schedule.trained} of {schedule.steps} steps; cut at {schedule.cut}; predicting {predicted}."
-    )
+    what = f"predicting {', '.join(map(str, schedule.targets))}"
+    if schedule.jump:
+        what = "jumping to what wins there, and again after as many steps"
+    console.print(f"Training {schedule.trained} of {schedule.steps} steps; cut at {schedule.cut}; {what}.")
     console.print(f"What the frameworks print goes to {out / 'logs'}", highlight=False)
     _build_base_model(out)
     _, validation_file = data.write(out / "data")
@@ -155,6 +159,8 @@ def _report(schedule: Schedule, out: Path, validation_file: Path) -> None:
     base = results.Checkpoint("base", 0, BASE_MODEL)
     checkpoints = [base, observed, *results.predicted(out), *results.trained(out, schedule)]
     _score(checkpoints, validation_file, out)
+    if schedule.jump:
+        console.print(results.jumps(out))
     console.print(results.table(checkpoints, training.scores(out) if schedule.full else {}))
     best = max(checkpoints, key=lambda one: one.accuracy or 0.0)
     console.print(f"RELEX's report and advice: {out / 'relex' / 'report.json'}", highlight=False)

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.table import Table
 from schedule import Schedule
 
+from relex_verl.reporting.findings import CutReport
 from relex_verl.reporting.provenance import Provenance
 
 
@@ -33,6 +34,20 @@ def trained(out: Path, schedule: Schedule) -> list[Checkpoint]:
     """The checkpoint that real training ended with, if it went on beyond the cut."""
     folder = out / "checkpoints" / f"global_step_{schedule.steps}" / "actor" / "huggingface"
     return [Checkpoint("trained", schedule.steps, folder)] if schedule.full and folder.exists() else []
+
+
+def jumps(out: Path) -> Table:
+    """What came of every cut of a run that jumps."""
+    latest = CutReport.read(out / "relex" / "report.json")
+    result = Table(title="Cuts")
+    for column in ("step", "what", "to", "observed weights", "that prediction", "scores spent"):
+        result.add_column(column, justify="left" if column in ("what", "to") else "right")
+    for cut in (*latest.earlier_cuts, latest.summary):
+        scores = ["-" if score is None else f"{score:.3f}" for score in (cut.advice.hold_score, cut.advice.score)]
+        to = "" if cut.advice.target is None else f"step {cut.advice.target.target}"
+        what = cut.advice.action.replace("_", " ")
+        result.add_row(str(cut.t_cut), what, to, *scores, str(len(cut.validation_scores)))
+    return result
 
 
 def table(checkpoints: list[Checkpoint], real_run: dict[int, float]) -> Table:

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 DEFAULT_STEPS = 200
 CUT_SHARE = 0.15
+JUMP_SHARE = 0.1
+"""Of the steps, from one cut to the next, for a run that jumps."""
 TARGET_SHARES = (0.3, 0.5, 0.75, 1.0)
 MIN_CUT = 3
 """A line and its diagnostics need at least three observed steps."""
@@ -17,6 +19,7 @@ class Schedule:
     cut: int
     targets: tuple[int, ...]
     full: bool
+    jump: bool = False
 
     @property
     def trained(self) -> int:
@@ -24,17 +27,21 @@ class Schedule:
         return self.steps if self.full else self.cut
 
 
-def resolve(steps: int, t_cut: float | None, targets: str | None, full: bool) -> Schedule:
+def resolve(steps: int, t_cut: float | None, targets: str | None, full: bool, jump: bool = False) -> Schedule:
     """Fill in what was not asked for, in proportion to the run's length.
 
     Raises:
         ValueError: a cut or a target that makes no sense, with the cure.
     """
     if t_cut is None:
-        t_cut = CUT_SHARE
+        t_cut = JUMP_SHARE if jump else CUT_SHARE
     cut = max(MIN_CUT, round(t_cut * steps)) if t_cut < 1 else int(t_cut)
     if not 1 <= cut <= steps:
         raise ValueError(f"--t-cut {t_cut:g} is step {cut}, but the run has {steps} steps: give 1 to {steps}")
+    if jump:
+        if targets is not None:
+            raise ValueError(f"--targets {targets}: leave it out with --jump, which searches its horizons itself")
+        return Schedule(steps, cut, (), full=True, jump=True)
     if targets is None:
         chosen = sorted({round(share * steps) for share in TARGET_SHARES if round(share * steps) > cut}) or [2 * cut]
     else:

@@ -70,7 +70,7 @@ def overrides(
         "+relex=default",
         f"relex.output_dir={out / 'relex'}",
         f"relex.t_cut={schedule.cut}",
-        f"relex.targets=[{','.join(map(str, schedule.targets))}]",
+        "relex.on_cut=jump" if schedule.jump else f"relex.targets=[{','.join(map(str, schedule.targets))}]",
     ]
 
 
