@@ -138,7 +138,7 @@ def resume(root: Path, strategy: str, kind: str) -> None:
     dist.barrier()
     torch.manual_seed(77)
     worker = worker_of(root, strategy, out, kind)
-    seen = {"drawn": adapters_of(worker.actor.engine), "steps": list(asked(worker.relex_open(STEPS)))}
+    seen = {"drawn": adapters_of(worker.actor.engine), "steps": list(asked(worker.relex_open(STEPS)).steps)}
     for step in range(1, STEPS + 2):
         move_adapters(worker.actor.engine, step)
     seen["last"] = adapters_of(worker.actor.engine)
