@@ -23,7 +23,8 @@ def judge_jump(prediction: Prediction, candidate: Scores, hold: Scores, t_cut: i
         confidence: of the test of harm; the higher, the less is refused.
 
     Returns:
-        Advice "jump" or "keep_training"; `score` and `hold_score` are of the deciding half, `p_value` that of harm.
+        Advice "jump" or "keep_training"; `score` and `hold_score` are of the deciding half, `p_value` that of harm, and no
+        `alpha`, since it is not to fall below one.
     """
     searched = paired_scores(candidate, hold, lambda prompt: not decides(prompt))
     deciding = paired_scores(candidate, hold, decides)
@@ -41,10 +42,8 @@ def judge_jump(prediction: Prediction, candidate: Scores, hold: Scores, t_cut: i
     else:
         reason = f"Keep training: {said}), and does not win on the half that the search saw"
     jump = won and not worse
-    return Advice(
-        "jump" if jump else "keep_training", prediction if jump else None, reason,
-        ours, theirs, len(deciding.ours_N), harm, 1 - confidence,
-    )  # fmt: skip
+    action, target = ("jump", prediction) if jump else ("keep_training", None)
+    return Advice(action, target, reason, ours, theirs, len(deciding.ours_N), harm)
 
 
 def judge_undo(now: Scores, before: Scores, t_cut: int, jumped_at: int, confidence: float) -> Advice | None:
@@ -71,4 +70,4 @@ def judge_undo(now: Scores, before: Scores, t_cut: int, jumped_at: int, confiden
         f"Undo: step {t_cut} scores {ours:.3f}, behind the {theirs:.3f} that step {jumped_at} had before the jump "
         f"(n={len(pairs.ours_N)}, p={harm:.3f})"
     )
-    return Advice("undo", None, reason, ours, theirs, len(pairs.ours_N), harm, 1 - confidence)
+    return Advice("undo", None, reason, ours, theirs, len(pairs.ours_N), harm)

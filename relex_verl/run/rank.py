@@ -191,7 +191,10 @@ class RelexRank:
         # Adapters are written in float32, and have no base that could say so yet.
         adapters = 4 * sum(rank.elements for rank in ranks)
         checkpoint = self._observer.base.nbytes if self._observer.adapters is None else adapters
-        workload = Workload(kind, tensors, rows, every, setup.predictions, rows_held=rows_held, checkpoint=checkpoint)
+        jump = setup.config.on_cut == "jump"
+        workload = Workload(
+            kind, tensors, rows, every, setup.predictions, rows_held=rows_held, checkpoint=checkpoint, jump=jump
+        )
         estimate = admission.estimate(workload, ranks, disk_free=everyone[0][1], output_dir=setup.output_dir)
         with self._ranks.together():
             estimate.admit()

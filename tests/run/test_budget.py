@@ -80,3 +80,10 @@ def test_traffic_is_each_byte_that_is_kept_and_the_weights() -> None:
 )
 def test_bytes_are_told_in_one_unit(size: int, says: str) -> None:
     assert gib(size) == says
+
+
+def test_a_run_that_jumps_takes_a_prediction_in_memory_and_on_disk_what_undoes_it() -> None:
+    plain = Workload(KINDS["fp32-int8"], tensors=1, rows=16, observe_every=1, predictions=0)
+    jumps = replace(plain, jump=True)
+    assert jumps.memory(1000) - plain.memory(1000) == 4 * 1000
+    assert jumps.trajectory(1000) - plain.trajectory(1000) == 16 * 1000
