@@ -42,6 +42,16 @@ RELEX = [f"relex.t_cut={CUT}", f"relex.targets={TARGETS}", "relex.max_candidates
 # What verl's checkpoints hold: with its Hugging Face export, and without.
 EXPORT = "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]"
 SHARDS = "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra]"
+# What the asynchronous modes need: batches in one order, and of separate_async replicas of their own.
+ORDERED = "trainer.v1.sampler.custom_sampler.name=OrderedReplayBufferAsync"
+STANDALONE = [
+    "actor_rollout_ref.rollout.nnodes=1",
+    "actor_rollout_ref.rollout.n_gpus_per_node=1",
+    "trainer.v1.separate_async.parameter_sync_step=1",
+    "actor_rollout_ref.rollout.checkpoint_engine.backend=store",
+    "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=verl_cpu.checkpoint_engine",
+    "ray_kwargs.ray_init.num_gpus=2",
+]
 TRAINED = (
     "critic/score/mean",
     "critic/rewards/mean",

@@ -1,21 +1,12 @@
 """verl's asynchronous trainer modes: observed, cut and scored like the synchronous one."""
 
 import pytest
-from harness import EXPORT, METRIC, Run, check_against_dense, checkout, load, run, same_bits
+from harness import EXPORT, METRIC, ORDERED, STANDALONE, Run, check_against_dense, checkout, load, run, same_bits
 
 STEPS, CUT = 5, 2
 RELEX = [f"relex.t_cut={CUT}", "relex.targets=[6]", "relex.max_candidates=1", "relex.on_cut=stop"]
-ORDERED = "trainer.v1.sampler.custom_sampler.name=OrderedReplayBufferAsync"
 # colocate_async with FSDP2 whose parameters are bfloat16 themselves: the default trajectory is not to be had.
 ROUNDED = ["actor_rollout_ref.actor.fsdp_config.model_dtype=bf16", EXPORT, f"trainer.save_freq={2 * CUT}"]
-STANDALONE = [
-    "actor_rollout_ref.rollout.nnodes=1",
-    "actor_rollout_ref.rollout.n_gpus_per_node=1",
-    "trainer.v1.separate_async.parameter_sync_step=1",
-    "actor_rollout_ref.rollout.checkpoint_engine.backend=store",
-    "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=verl_cpu.checkpoint_engine",
-    "ray_kwargs.ray_init.num_gpus=2",
-]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import METRIC, Run, run
+from harness import METRIC, ORDERED, STANDALONE, Run, run
 
 if find_spec("vllm") is None:
     cure = "bash recipes/install.sh --rollout vllm, then .venv-vllm/bin/python -m pytest tests/integration/vllm_rollout"
@@ -17,15 +17,6 @@ if find_spec("vllm") is None:
 
 CUT = 2
 RELEX = [f"relex.t_cut={CUT}", "relex.targets=[60]", "relex.max_candidates=1", "relex.observe_every=1"]
-ORDERED = "trainer.v1.sampler.custom_sampler.name=OrderedReplayBufferAsync"
-STANDALONE = [
-    "actor_rollout_ref.rollout.nnodes=1",
-    "actor_rollout_ref.rollout.n_gpus_per_node=1",
-    "trainer.v1.separate_async.parameter_sync_step=1",
-    "actor_rollout_ref.rollout.checkpoint_engine.backend=store",
-    "actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=verl_cpu.checkpoint_engine",
-    "ray_kwargs.ray_init.num_gpus=2",
-]
 SAME, OTHER = 0.02, 0.05
 """At most, of a rollout with the policy's weights; at least, of one with others."""
 
