@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -43,6 +44,8 @@ class RelexConfig:
         max_candidates: validations that a cut may spend on predictions, besides the one of the last observed weights.
         confidence: level of the paired test that a prediction has to pass, for all cuts of a run together.
         validation_timeout_s: seconds after which a validation counts as failed.
+        rollout_timeout_s: seconds that the rollout may take to fall asleep, or to take weights, when RELEX asks it to; one
+            that takes longer has died, and the run ends.
         on_cut: "advise" only tells; "stop" ends the run when the advice is to stop; "jump" sets the weights to the winner
             and trains on from there, cut after cut.
         recut_every: steps until the next cut after one that did not win; "auto" is as many as the first cut took.
@@ -71,6 +74,7 @@ class RelexConfig:
     max_candidates: int = 6
     confidence: float = 0.95
     validation_timeout_s: float = 3600.0
+    rollout_timeout_s: float = 1800.0
     on_cut: str = "advise"
     recut_every: int | str = "auto"
     window: int | str = "auto"
@@ -159,8 +163,9 @@ class RelexConfig:
             raise ConfigError("relex.max_candidates", self.max_candidates, "give a whole number, 1 or more")
         if not is_number(self.confidence) or not 0.5 <= self.confidence < 1:
             raise ConfigError("relex.confidence", self.confidence, "give a level from 0.5 to below 1, e.g. 0.95")
-        if not is_number(self.validation_timeout_s) or self.validation_timeout_s <= 0:
-            raise ConfigError("relex.validation_timeout_s", self.validation_timeout_s, "give seconds, more than 0")
+        for key in ("validation_timeout_s", "rollout_timeout_s"):
+            if not is_number(seconds := getattr(self, key)) or not 0 < seconds < threading.TIMEOUT_MAX:
+                raise ConfigError(f"relex.{key}", seconds, "give seconds, more than 0")
         if self.on_cut != "advise" and not self.validate_targets:
             cure = "RELEX stops a run or jumps on validation scores only: set relex.validate_targets=true"
             raise ConfigError("relex.on_cut", self.on_cut, cure)

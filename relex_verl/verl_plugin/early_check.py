@@ -7,6 +7,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from relex_verl.run.config import ConfigError
+from relex_verl.verl_plugin.base_layout import check_layout
 from relex_verl.verl_plugin.mains import check_main
 from relex_verl.verl_plugin.refusals import MODES
 from relex_verl.verl_plugin.registration import warn_of_another_verl
@@ -52,6 +53,7 @@ def _check(config: DictConfig, task: Callable[..., Any] | None) -> None:
     if task is not None:
         check_main(task)  # first: the configuration of another main may lack every key
     check_length(checked_config(config), config)
+    check_layout(config)  # last: it takes seconds with a large model
 
 
 def _refusing(check: Callable[[], None]) -> None:

@@ -16,6 +16,7 @@ from relex_verl.run.protocol import Weights
 from relex_verl.run.validation import Validation
 from relex_verl.verl_plugin import leftovers
 from relex_verl.verl_plugin.probe import Probe, deadline, same_random_state
+from relex_verl.verl_plugin.rollout_calls import RolloutCalls
 from relex_verl.verl_plugin.rows import WatchedRows
 from relex_verl.verl_plugin.settings import checked_config, run_facts
 from relex_verl.verl_plugin.worker import RelexActorWorker, RelexDetachActorWorker
@@ -52,6 +53,7 @@ class _RelexTrainerMixin:
 
     def __init__(self, config: DictConfig) -> None:
         self.relex = RelexCallback(checked_config(config), run_facts(config))
+        self._relex_call = RolloutCalls(self.relex.config.rollout_timeout_s)
         self._relex_probe: Probe | None = None
         self._relex_lost: set[str] = set()  # prompts of given-up validations that were waited for in vain
         self._relex_saved_step = 0  # step of the last checkpoint, this run's or the one that it resumed from
@@ -132,6 +134,7 @@ class _RelexTrainerMixin:
 
         Raises:
             ValidationTimeout, ValueError: it hung, or there was nothing to validate on.
+            RolloutSilent: the rollout is gone.
         """
         if not len(self.val_dataset):
             raise ValueError("the validation set is empty")
@@ -142,35 +145,39 @@ class _RelexTrainerMixin:
             self.val_dataloader = rows = WatchedRows(loader)
             try:
                 self.relex.substitute(weights)
-                self._relex_sleep()
-                self._relex_wake()
-                self.on_validate_begin()  # type: ignore[attr-defined]  # separate_async loads its hybrid replicas here
+                self._relex_call("falling asleep", self._relex_sleep)
+                self._relex_call("taking weights", self._relex_wake)
+                # separate_async loads its hybrid replicas here.
+                self._relex_call("the start of a validation", self.on_validate_begin)  # type: ignore[attr-defined]
                 # Substituted until the end: with a reward model on the same devices verl sends the weights again in between.
                 metrics = self._validate()
-                self.on_validate_end()  # type: ignore[attr-defined]
+                self._relex_call("the end of a validation", self.on_validate_end)  # type: ignore[attr-defined]
             finally:
                 self._relex_probe, self.val_dataloader = None, loader
-                self.relex.substitute(None)
+                if self._relex_call.silent is None:  # else the ranks may be waiting in the update that was given up
+                    self.relex.substitute(None)
         probe.marks = rows.marks()
         return probe.validation(metrics, metric, time.perf_counter() - start)
 
     def relex_restore(self) -> None:
         """Give the rollout the actor's weights back, whatever a validation left behind."""
-        self.relex.substitute(None)
-        self._relex_sleep()
+        if self._relex_call.silent is None:
+            self.relex.substitute(None)
+        self._relex_call("falling asleep", self._relex_sleep)
         leftovers.clear_settled()
-        self._relex_wake()
+        self._relex_call("taking weights", self._relex_wake)
 
     def relex_end_training(self) -> None:
         """End the run after this step, properly: with a checkpoint of it, which verl may have saved already."""
         self.total_training_steps = self.global_steps  # first: the run ends even if the checkpoint fails
         if self._relex_saved_step == self.global_steps:
             return
-        self._relex_sleep()  # as when verl saves: the rollout's weights and cache off the device
+        # As when verl saves: the rollout's weights and cache off the device.
+        self._relex_call("falling asleep", self._relex_sleep)
         try:
             self._save_checkpoint()
         finally:
-            self._relex_wake()  # verl may validate this step
+            self._relex_call("taking weights", self._relex_wake)  # verl may validate this step
 
     def _validate(self) -> dict[str, float]:
         # verl's own, too: it takes as many answers as it has asked for, whoever asked.

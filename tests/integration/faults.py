@@ -4,7 +4,8 @@
 - FAULT_SCORING changes what happens while RELEX validates, and only then, after the first FAULT_AFTER validations: "hang"
   keeps every answer back, those to every second prompt before they are generated, "raise" fails in every reward,
   "flatter" gives every answer of a prediction the full reward, whatever the model said, "nan" makes every predicted
-  weight one, "kill" kills vLLM's engine as the first prompt comes. FAULT_MARKER is the file by which the driver tells the
+  weight one, "kill" kills vLLM's engine as the first prompt comes, "kill-asleep" before it is to fall asleep, "kill-sending"
+  while a prediction is sent to it. FAULT_MARKER is the file by which the driver tells the
   other processes that it is so far.
 - FAULT_UNRESTORED=step leaves the rollout with the weights that were scored last after the cut at that step.
 """
@@ -45,6 +46,8 @@ def _mark_validations(trainer: Any) -> None:
             SCORING in ("flatter", "nan") and weights == "observed"
         ):
             MARKER.touch()
+            if SCORING == "kill-asleep":
+                _kill_engines()
         try:
             return validate(self, weights, *args)
         finally:
@@ -80,7 +83,10 @@ def _spoil_predictions(rank: Any) -> None:
 
     def spoiled(self: Any, weights: Any, device: Any) -> Any:
         spoil = MARKER.exists()
-        return ((name, tensor * float("nan") if spoil else tensor) for name, tensor in export(self, weights, device))
+        for sent, (name, tensor) in enumerate(export(self, weights, device)):
+            if spoil and SCORING == "kill-sending" and sent == 4:
+                _kill_engines()
+            yield name, tensor * float("nan") if spoil and SCORING == "nan" else tensor
 
     rank.RelexRank.export = spoiled
 
@@ -116,7 +122,7 @@ if "FAULT" in os.environ:
 if SCORING:
     wrapt.register_post_import_hook(_mark_validations, "relex_verl.verl_plugin.trainer")
     wrapt.register_post_import_hook(_disturb_answers, "verl_cpu.agent_loop")
-if SCORING == "nan":
+if SCORING in ("nan", "kill-sending"):
     wrapt.register_post_import_hook(_spoil_predictions, "relex_verl.run.rank")
 if "FAULT_UNRESTORED" in os.environ:
     wrapt.register_post_import_hook(_leave_unrestored, "relex_verl.verl_plugin.trainer")

@@ -25,7 +25,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, adapter: str) -> Run:
-    """Without RELEX, FSDP2: with FSDP1 verl sends the rollout no adapters (peft 0.21)."""
+    """Without RELEX, FSDP2: what verl does to hand over adapters of FSDP1 fails in torch on a CPU."""
     out = tmp_path_factory.mktemp("plain-lora")
     return run(out, STEPS, strategy="fsdp2", relex=None, extra=[*OPTIONS, adapter])
 

@@ -175,7 +175,7 @@ CONTRACT: dict[str, dict[str, str]] = {
     "verl.utils.fsdp_utils": {
         "fsdp_version": "(model)",
     },
-    "verl.utils.model": {"convert_weight_keys": "(state_dict, model)"},
+    "verl.utils.model": {"convert_weight_keys": "(state_dict, model)", "get_hf_auto_model_class": "(hf_config)"},
     "verl.workers.engine.fsdp.utils": {"unfuse_moe_params": "(weights, model_type=None)"},
     # The options of `+relex=...` and their early check.
     "hydra.core.config_store": {"ConfigStore": ATTRIBUTE},

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 from verl_config import composed
 
@@ -21,6 +22,7 @@ PLAIN = {"peft_type": "LORA", "bias": "none", "r": 8, "use_dora": False, "module
     ("overrides", "relex"),
     [
         ((), "default"),
+        ((RANK,), "default"),
         ((RANK, FSDP2), "default"),
         ((RANK, FSDP2), "colocate_async"),
         ((RANK, MERGE), "default"),
@@ -37,7 +39,6 @@ def test_plain_adapters_of_the_fsdp_engines_are_followed(overrides: tuple[str, .
         ((f"{MODEL}.lora.rank=8",), "default", r"model\.lora\.rank=8: .*lora_rank"),
         ((f"{MODEL}.lora_adapter_path=a",), "default", r"model\.lora_adapter_path='a': .*lora_rank above 0"),
         ((RANK,), "separate_async", r"model\.lora\.merge=False: .*set lora\.merge=true"),
-        ((RANK,), "default", r"model\.lora\.merge=False: peft .* finds no adapters in verl's FSDP1"),
         (
             (RANK, MERGE, f"+{MODEL}.target_parameters=[x]"),
             "default",
@@ -60,6 +61,14 @@ def test_plain_adapters_of_the_fsdp_engines_are_followed(overrides: tuple[str, .
 def test_what_cannot_be_followed_is_refused(overrides: tuple[str, ...], relex: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         checked_config(composed(*overrides, relex=relex))
+
+
+def test_without_adapters_from_fsdp1_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for peft 0.21, which does not look behind FSDP1's wrapper; the one that is installed does."""
+    monkeypatch.setattr(peft, "get_peft_model_state_dict", lambda *_, **__: {})
+    with pytest.raises(ConfigError, match=r"model\.lora\.merge=False: peft .* finds no adapters in verl's FSDP1"):
+        checked_config(composed(RANK))
+    checked_config(composed(RANK, FSDP2))
 
 
 def test_a_local_adapter_is_looked_into(tmp_path: Path) -> None:

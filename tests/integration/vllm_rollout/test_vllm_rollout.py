@@ -73,13 +73,19 @@ def test_a_validation_that_times_out(tmp_path: Path) -> None:
     assert METRIC in finished.metrics[5]
 
 
-def test_an_engine_that_dies_while_scoring(tmp_path: Path) -> None:
-    """There is no policy in the rollout any more: the one error that ends a run, and RELEX says so."""
-    finished = with_vllm(tmp_path, 5, [], {"scoring": "kill"})
+@pytest.mark.parametrize("moment", ["kill", "kill-sending"])
+def test_an_engine_that_dies_while_scoring(tmp_path: Path, moment: str) -> None:
+    """There is no policy in the rollout any more: the one error that ends a run, and RELEX says so.
+
+    In the middle of an answer, or of taking weights: then verl waits for ever, and RELEX does not.
+    """
+    finished = with_vllm(tmp_path, 5, ["relex.rollout_timeout_s=30"], {"scoring": moment})
     assert finished.code != 0
     assert max(finished.trained()) <= CUT
     assert f"RELEX: the scoring at step {CUT} failed; nothing is recommended" in finished.log
     assert f"after the scoring at step {CUT} the rollout could not be given the policy's weights back" in finished.log
+    silent = "the rollout did not come back from taking weights within relex.rollout_timeout_s=30"
+    assert (silent in finished.log) == (moment == "kill-sending")
 
 
 def test_colocate_async_stops_at_a_win(tmp_path: Path) -> None:
