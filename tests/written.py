@@ -6,7 +6,8 @@ import pytest
 import torch
 from fakes import qwen2
 
-from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint, CheckpointWriter
+from relex_verl.trajectory.checkpoint_writer import CheckpointWriter
+from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
 from relex_verl.trajectory.shards import TensorShard, block_placement, placement_of_positions, whole
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

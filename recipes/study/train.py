@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from relex_verl.pipeline.observer import Observer
-from relex_verl.trajectory.hf_checkpoint import write_json
+from relex_verl.trajectory.files import write_json
 from relex_verl.trajectory.kinds import KINDS
 from study.grid import Grid, Run
 from study.grpo import Grpo

@@ -11,7 +11,8 @@ from relex_verl.maths.extrapolators import Prediction, fit_weights
 from relex_verl.maths.window import Window
 from relex_verl.pipeline.collectives import Collectives
 from relex_verl.trajectory import replay
-from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint, CheckpointWriter
+from relex_verl.trajectory.checkpoint_writer import CheckpointWriter
+from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
 from relex_verl.trajectory.kinds import Kind
 from relex_verl.trajectory.replay import ShardHistory
 from relex_verl.trajectory.shards import TensorShard

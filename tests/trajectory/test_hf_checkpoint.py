@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from written import EMBEDDING, HEAD, base, content, cut_up, new_values, write_whole
 
-from relex_verl.trajectory.hf_checkpoint import INDEX_NAME, BaseCheckpoint, CheckpointWriter, resolve_model
+from relex_verl.trajectory.checkpoint_writer import CheckpointWriter
+from relex_verl.trajectory.hf_checkpoint import INDEX_NAME, BaseCheckpoint, resolve_model
 from relex_verl.trajectory.shards import placement_of_positions
 
 __all__ = ["base"]

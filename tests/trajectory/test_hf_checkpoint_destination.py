@@ -9,7 +9,9 @@ import pytest
 import torch
 from written import EMBEDDING, base, content, new_values, write_whole
 
-from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint, CheckpointWriter, write_json
+from relex_verl.trajectory.checkpoint_writer import CheckpointWriter
+from relex_verl.trajectory.files import write_json
+from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
 from relex_verl.trajectory.shards import Placement, TensorShard
 
 __all__ = ["base"]
