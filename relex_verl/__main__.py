@@ -13,7 +13,9 @@ def main() -> None:
         print(f"relex-verl {__version__}")
         return
     from relex_verl.cli import app
+    from relex_verl.cli.signals import end_cleanly_when_terminated
 
+    end_cleanly_when_terminated()
     app(prog_name="relex-verl")
 
 

@@ -12,6 +12,7 @@ from relex_verl.maths.extrapolators import METHODS
 __all__ = [
     "AllowPickle",
     "AsJson",
+    "BaseNow",
     "Checkpoints",
     "Cut",
     "FitFrom",
@@ -20,6 +21,7 @@ __all__ = [
     "OutFolder",
     "Rank",
     "Revisions",
+    "StepPattern",
     "TrajectoryFolder",
     "WindowNumber",
     "later_steps_of",
@@ -42,9 +44,20 @@ Merge = Annotated[bool, typer.Option("--merge", help="Of LoRA: full weights like
 Rank = Annotated[int, typer.Option(min=1, help="Directions kept for each tensor; the paper uses 1.")]
 Cut = Annotated[int | None, typer.Option(help="Use the observed steps up to this one; all of them if not given.")]
 FitFrom = Annotated[int, typer.Option(min=0, help="First step that takes part in the fit: leaves a warm-up out.")]
-Checkpoints = Annotated[Path | None, typer.Option(help="Folder with global_step_5, step_5 or checkpoint-5 folders.")]
-Hub = Annotated[str | None, typer.Option(help="Instead: a Hub repository whose revisions are steps.")]
-Revisions = Annotated[str, typer.Option(help="How its revisions are named.")]
+BaseNow = Annotated[
+    str | None, typer.Option("--base", help="Folder or Hub id of the base model, where it was moved since.")
+]
+Checkpoints = Annotated[
+    Path | None, typer.Option(help="Folder with a folder for each step, like global_step_5 or checkpoint-5.")
+]
+StepPattern = Annotated[
+    str | None,
+    typer.Option(help="How these are named, where that is not found out: e.g. run/epoch_{N}/weights, * is any text."),
+]
+Hub = Annotated[str | None, typer.Option(help="Instead: a Hub repository whose revisions, or folders, are steps.")]
+Revisions = Annotated[
+    str, typer.Option(help="How its revisions are named, text around {N}; without {N} the one that has the folders.")
+]
 AllowPickle = Annotated[
     bool, typer.Option("--allow-pickle", help="Use *.bin and verl's *.pt files (weights_only=True).")
 ]

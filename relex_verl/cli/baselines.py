@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from relex_verl.cli.arguments import AsJson, OutFolder, TrajectoryFolder, WindowNumber, later_steps_of
+from relex_verl.cli.arguments import AsJson, BaseNow, OutFolder, TrajectoryFolder, WindowNumber, later_steps_of
 from relex_verl.cli.screen import clear_errors, console, element_bar, notes, print_json
 from relex_verl.offline.analysis import observed_until, write_prediction
 from relex_verl.offline.baselines.alpharl import alpharl
@@ -86,11 +86,12 @@ def weight_extrapolation_command(
         bool, typer.Option(help="Copy norm layers from the last checkpoint, as its authors do.")
     ] = True,
     window: WindowNumber = -1,
+    base: BaseNow = None,
     as_json: AsJson = False,
 ) -> None:
     """Weight Extrapolation (arXiv 2601.04537): a line through two checkpoints."""
     with clear_errors():
-        predictions = _Predictions(Trajectory(trajectory, window), t_cut, out, as_json)
+        predictions = _Predictions(Trajectory(trajectory, window, base), t_cut, out, as_json)
         settings = {"first": first, "copy_norms": copy_norms}
         for step in later_steps_of(target, t_cut):
             shards = weight_extrapolation(predictions.trajectory, t_cut, step, first, copy_norms)
@@ -107,11 +108,12 @@ def transformer_command(
     epochs: Annotated[int, typer.Option(min=0, help="Of full-batch training.")] = TransformerSettings.epochs,
     seed: Seed = 0,
     window: WindowNumber = -1,
+    base: BaseNow = None,
     as_json: AsJson = False,
 ) -> None:
     """The paper's 3-layer Transformer on the rank-1 coefficients (arXiv 2605.21468, Table 2)."""
     with clear_errors():
-        predictions = _Predictions(Trajectory(trajectory, window), t_cut, out, as_json)
+        predictions = _Predictions(Trajectory(trajectory, window, base), t_cut, out, as_json)
         settings = TransformerSettings(epochs=epochs, seed=seed)
         for step in later_steps_of(target, t_cut):
             shards = transformer_tensors(predictions.trajectory, t_cut, step, settings)
@@ -128,11 +130,12 @@ def alpharl_command(
     out: OutFolder,
     add_to: Annotated[AddTo, typer.Option(help="base as in the paper, last as in the authors' code.")] = AddTo.base,
     window: WindowNumber = -1,
+    base: BaseNow = None,
     as_json: AsJson = False,
 ) -> None:
     """AlphaRL (arXiv 2510.00553): partial least squares between top singular vectors and scores."""
     with clear_errors():
-        predictions = _Predictions(Trajectory(trajectory, window), t_cut, out, as_json)
+        predictions = _Predictions(Trajectory(trajectory, window, base), t_cut, out, as_json)
         by_step = _scores(scores)
         for score in _numbers(wanted, "--wanted"):
             where = add_to.value
@@ -158,11 +161,12 @@ def next_command(
     learning_rate: Annotated[float, typer.Option(min=0.0, help="Of AdamW.")] = NextSettings.learning_rate,
     seed: Seed = 0,
     window: WindowNumber = -1,
+    base: BaseNow = None,
     as_json: AsJson = False,
 ) -> None:
     """NExt (arXiv 2604.11446): networks on the rank-1 factors of past changes predict those of the next one."""
     with clear_errors():
-        predictions = _Predictions(Trajectory(trajectory, window), t_cut, out, as_json)
+        predictions = _Predictions(Trajectory(trajectory, window, base), t_cut, out, as_json)
         chosen = _numbers(coefficient, "--coefficient")
         settings = NextSettings(interval, look_ahead, epochs=epochs, learning_rate=learning_rate, seed=seed)
         fit = fit_next(predictions.trajectory, t_cut, settings)

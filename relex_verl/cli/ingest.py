@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from relex_verl.cli.arguments import AllowPickle, AsJson, Checkpoints, Hub, Revisions
+from relex_verl.cli.arguments import AllowPickle, AsJson, Checkpoints, Hub, Revisions, StepPattern
 from relex_verl.cli.screen import clear_errors, console, notes, print_json, step_bar
 from relex_verl.offline.ingest import Options, checkpoints_in, recorded_steps, select_steps
 from relex_verl.offline.ingest import ingest as ingest_checkpoints
@@ -21,6 +21,7 @@ def ingest(
     checkpoints: Checkpoints = None,
     hub: Hub = None,
     revisions: Revisions = "step_{N}",
+    step_pattern: StepPattern = None,
     steps: Annotated[str | None, typer.Option(help="Which steps, e.g. 1-75 or 10,20,30; all if not given.")] = None,
     trajectory: Annotated[
         str, typer.Option(help="bf16, fp32, or auto: bf16 for bfloat16 checkpoints, fp32 for others.")
@@ -35,17 +36,21 @@ def ingest(
     any_base: Annotated[
         bool, typer.Option("--any-base", help="Accept a base that lies over 3 % away from the first checkpoint.")
     ] = False,
+    accept_jump: Annotated[
+        bool,
+        typer.Option("--accept-jump", help="Accept a checkpoint that lies much further away than those before it."),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Record the checkpoints of a finished run as a trajectory, in one pass.
 
-    Reads Hugging Face checkpoints (also under actor/huggingface in verl's layout), verl's FSDP shards (through verl's own
-    merger, which rounds to bfloat16), or the revisions of a Hub repository. Interrupted, the same command goes on after
-    the last step. Then: info, diagnose, extrapolate.
+    Reads Hugging Face checkpoints wherever a framework puts them in a step's folder, LoRA adapters (merged into the base),
+    verl's FSDP shards (through verl's own merger, which rounds to bfloat16), or a Hub repository. Interrupted, the same
+    command goes on after the last step. Then: info, diagnose, extrapolate.
     """
     with clear_errors():
-        options = Options(trajectory, quantization, allow_pickle, any_base)
-        found, source = checkpoints_in(checkpoints, hub, revisions)
+        options = Options(trajectory, quantization, allow_pickle, any_base, accept_jump)
+        found, source = checkpoints_in(checkpoints, hub, revisions, step_pattern)
         found = select_steps(found, steps)
         new = {checkpoint.step for checkpoint in found} - set(recorded_steps(out))
         changed: dict[int, float] = {}

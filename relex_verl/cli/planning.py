@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from relex_verl.cli.arguments import AsJson
-from relex_verl.cli.screen import clear_errors, console, print_json
+from relex_verl.cli.screen import clear_errors, print_fact, print_json
 from relex_verl.run.admission import RankFacts, estimate
 from relex_verl.run.budget import (
     CAREFUL_CHANGE_RATE,
@@ -102,7 +102,7 @@ def plan(
         return
     facts_shown["admitted"] = _answer(facts_shown.pop("admitted"), facts_shown.pop("refusal"), memory_gib, disk_gib)
     for key, value in facts_shown.items():
-        console.print(f"[bold]{_title(key)}[/]: {_shown(key, value)}", highlight=False)
+        print_fact(_title(key), _shown(key, value))
 
 
 def _workload(config: RelexConfig, tensors: int, targets: int) -> Workload:

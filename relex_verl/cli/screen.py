@@ -1,5 +1,6 @@
 """What the commands show: JSON, tables, bars, and errors in one line."""
 
+import errno
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,17 +11,22 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
+from relex_verl.cli.signals import TERMINATED
 from relex_verl.offline.ingest import IngestError
 from relex_verl.reporting.records import strict
 from relex_verl.trajectory.index import TrajectoryError
 from relex_verl.trajectory.store import Trajectory
 
-__all__ = ["clear_errors", "console", "element_bar", "notes", "print_json", "step_bar", "table_of"]
+__all__ = ["clear_errors", "console", "element_bar", "notes", "print_fact", "print_json", "step_bar", "table_of"]
 
+GO_ON = "what is complete is kept, nothing half-written stays; run the same command again to go on"
 # Into a file or a pipe, rich would assume 80 columns and cut names.
-console = Console(width=None if sys.stdout.isatty() else 1000)
-notes = Console(stderr=True, soft_wrap=True)  # what is no result: standard output may be JSON
+# No markup: what is shown are paths and names, and one in brackets would be taken for a style.
+PLAIN: dict[str, Any] = {"markup": False, "emoji": False}
+console = Console(width=None if sys.stdout.isatty() else 1000, **PLAIN)
+notes = Console(stderr=True, soft_wrap=True, **PLAIN)  # what is no result: standard output may be JSON
 
 
 def print_json(content: Any) -> None:
@@ -47,8 +53,8 @@ def _cell(value: Any) -> str:
 
 @contextmanager
 def _bar(title: str, total: int) -> Iterator[Any]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    screen = Console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    screen = Console(stderr=True, **PLAIN)
     if not screen.is_terminal:  # rich before 14.3 prints an empty line for a disabled bar
         yield lambda amount=1, title=None: None
         return
@@ -71,12 +77,35 @@ def step_bar(title: str, total: int) -> Iterator[Any]:
         yield advance
 
 
+def print_fact(key: str, value: Any) -> None:
+    """A line of what a command has found out."""
+    console.print(Text.assemble((key, "bold"), f": {value}"), highlight=False)
+
+
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """What a user can mend is said in one line; anything else is ours and keeps its traceback."""
     try:
         yield
     except (TrajectoryError, IngestError, ValueError, OSError, ImportError) as error:
-        said = " ".join(str(error).split())
-        notes.print("error:", said, style=None, highlight=False, markup=False)
+        said = _in_words(error) if isinstance(error, OSError) and error.strerror else str(error)
+        notes.print("error:", " ".join(said.split()), style=None, highlight=False)
         raise typer.Exit(1) from None
+    except KeyboardInterrupt as interrupt:
+        kept = next((one for one in interrupt.args if one != TERMINATED), GO_ON)
+        notes.print("interrupted:", kept, style=None, highlight=False)
+        raise typer.Exit(143 if TERMINATED in interrupt.args else 130) from None
+
+
+def _in_words(error: OSError) -> str:
+    """An error of the system as a sentence, without its number."""
+    place = f"{error.filename}: " if error.filename is not None else ""
+    cure = {
+        errno.ENOSPC: "no space left on the device: make room there, or give another --out",
+        errno.EDQUOT: "the disk quota is used up: make room there, or give another --out",
+        errno.EACCES: "this user may not read or write it: chmod it, or give another place",
+        errno.EROFS: "the file system is read-only: give another place",
+        errno.ENOTDIR: "a part of it is a file: give a folder",
+        errno.EEXIST: "is there already, as a file: give a folder",
+    }
+    return f"{place}{cure.get(error.errno or 0, error.strerror)}"

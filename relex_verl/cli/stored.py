@@ -8,6 +8,7 @@ import typer
 
 from relex_verl.cli.arguments import (
     AsJson,
+    BaseNow,
     FitFrom,
     Merge,
     OutFolder,
@@ -17,7 +18,7 @@ from relex_verl.cli.arguments import (
     later_steps_of,
     methods_of,
 )
-from relex_verl.cli.screen import clear_errors, console, element_bar, print_json, table_of
+from relex_verl.cli.screen import clear_errors, console, element_bar, print_fact, print_json, table_of
 from relex_verl.maths.diagnostics import describe, random_walk, summary
 from relex_verl.maths.extrapolators import METHODS
 from relex_verl.offline import analysis, face
@@ -69,7 +70,7 @@ def info(
         print_json({**facts, "steps": steps, "windows": windows, **shown})
         return
     for key, value in facts.items():
-        console.print(f"[bold]{key}[/]: {value}", highlight=False)
+        print_fact(key, value)
     if len(opened.windows) > 1:
         console.print(table_of("windows", [_window_row(*numbered) for numbered in enumerate(opened.windows)]))
     table = [
@@ -109,6 +110,7 @@ def checkout(
         ),
     ] = False,
     merge: Merge = False,
+    base: BaseNow = None,
     as_json: AsJson = False,
 ) -> None:
     """Give back the Hugging Face checkpoint of an observed step, of whatever window.
@@ -117,7 +119,7 @@ def checkout(
     bound of its error printed; of LoRA, the bound is that of the adapters.
     """
     with clear_errors():
-        opened = window_holding(Trajectory(trajectory), step, after_jump)
+        opened = window_holding(Trajectory(trajectory, base=base), step, after_jump)
         error = replay.error_bound(opened, step)
         facts = Checkout.of(
             step, error, opened.index.base_model, trajectory.resolve(), opened.number, after_jump
@@ -146,6 +148,7 @@ def extrapolate(
     fit_from: FitFrom = 1,
     window: WindowNumber = -1,
     merge: Merge = False,
+    base: BaseNow = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict checkpoints from the steps up to a cut, from the trajectory alone: OUT/<method>-step_<N>/.
@@ -154,7 +157,7 @@ def extrapolate(
     """
     written = []
     with clear_errors():
-        opened, targets = Trajectory(trajectory, window), later_steps_of(target, t_cut)
+        opened, targets = Trajectory(trajectory, window, base), later_steps_of(target, t_cut)
         for name, step in product(methods_of(method), targets):
             with element_bar(opened, f"{name}, step {step}") as advance:
                 how: dict[str, Any] = {"fit_from": fit_from, "merge": merge, "progress": advance}
@@ -174,6 +177,7 @@ def reconstruct(
     rank: Rank = 1,
     t_cut: Annotated[int | None, typer.Option(help="Take the directions from the steps up to this one.")] = None,
     window: WindowNumber = -1,
+    base: BaseNow = None,
     as_json: AsJson = False,
 ) -> None:
     """Rank-r reconstruction of an observed checkpoint (Algorithm 1 of the paper).
@@ -182,7 +186,7 @@ def reconstruct(
     scores like the checkpoint itself, those directions hold what the run learned.
     """
     with clear_errors():
-        opened = Trajectory(trajectory, window)
+        opened = Trajectory(trajectory, window, base)
         with element_bar(opened, f"rank {rank}, step {step}") as advance:
             face.reconstruct(opened, step, rank, out=out, t_cut=t_cut, progress=advance)
     if as_json:

@@ -10,6 +10,7 @@ import typer
 from relex_verl.cli.arguments import (
     AllowPickle,
     AsJson,
+    BaseNow,
     Checkpoints,
     Cut,
     FitFrom,
@@ -17,6 +18,7 @@ from relex_verl.cli.arguments import (
     OutFolder,
     Rank,
     Revisions,
+    StepPattern,
     TrajectoryFolder,
     WindowNumber,
     methods_of,
@@ -51,6 +53,7 @@ def diagnose(
         ),
     ] = None,
     window: WindowNumber = -1,
+    base: BaseNow = None,
     as_json: AsJson = False,
 ) -> None:
     """How low-rank and how straight each tensor's path is (the paper's Findings 1 and 2, Figures 4 and 5).
@@ -60,7 +63,7 @@ def diagnose(
     sketch only the explained variance is known.
     """
     with clear_errors():
-        opened = Trajectory(trajectory, window)
+        opened = Trajectory(trajectory, window, base)
         fitted = analysis.window(opened, t_cut, fit_from)
         shapes = [opened.index.tensors[name] for name in opened.names]
         fits = fit_report(fitted, shapes, rank)
@@ -86,6 +89,7 @@ def compare(
     checkpoints: Checkpoints = None,
     hub: Hub = None,
     revisions: Revisions = "step_{N}",
+    step_pattern: StepPattern = None,
     method: Methods = "relex,hold",
     steps: Annotated[
         str | None, typer.Option(help="Which true steps, e.g. 100-500 or 100,200; all later ones if not given.")
@@ -98,6 +102,7 @@ def compare(
     out: Figures = None,
     allow_pickle: AllowPickle = False,
     window: WindowNumber = -1,
+    base: BaseNow = None,
     as_json: AsJson = False,
 ) -> None:
     """Predictions against the true later weights: cosine and norm ratio of the deltas (Figure 6, Appendix B).
@@ -107,12 +112,12 @@ def compare(
     Algorithm 1 over the whole trajectory: a projection, so its norm ratio is its cosine.
     """
     with clear_errors():
-        opened, methods = Trajectory(trajectory, window), methods_of(method)
+        opened, methods = Trajectory(trajectory, window, base), methods_of(method)
         fit = {"rank": rank, "fit_from": fit_from}
         if checkpoints is None and hub is None:
             aligned = analysis.align_observed(opened, t_cut, methods, _later_steps(opened, t_cut, steps), **fit)
         else:
-            true = _later_checkpoints(checkpoints, hub, revisions, t_cut, steps)
+            true = _later_checkpoints(checkpoints_in(checkpoints, hub, revisions, step_pattern), t_cut, steps)
             with element_bar(opened, "comparing", len(true)) as advance:
                 aligned = analysis.align_checkpoints(
                     opened, t_cut, methods, true, **fit, allow_pickle=allow_pickle, progress=advance
@@ -144,15 +149,13 @@ def _later_steps(trajectory: Trajectory, cut: int, among: str | None) -> list[in
     return later
 
 
-def _later_checkpoints(
-    checkpoints: Path | None, hub: str | None, revisions: str, cut: int, among: str | None
-) -> list[Found]:
-    """The true checkpoints after a cut."""
-    found, place = checkpoints_in(checkpoints, hub, revisions)
+def _later_checkpoints(there: tuple[list[Found], str], cut: int, among: str | None) -> list[Found]:
+    """The true checkpoints after a cut, of those in a place."""
+    found, place = there
     true = [checkpoint for checkpoint in found if checkpoint.step > cut]
     if not true:
-        there = step_ranges([checkpoint.step for checkpoint in found])
-        raise IngestError(f"{place} holds no step after --t-cut {cut}, only {there}: cut earlier")
+        known = step_ranges([checkpoint.step for checkpoint in found])
+        raise IngestError(f"{place} holds no step after --t-cut {cut}, only {known}: cut earlier")
     return select_steps(true, among)
 
 
@@ -180,6 +183,7 @@ def backtest(
     rank: Rank = 1,
     out: Figures = None,
     window: WindowNumber = -1,
+    base: BaseNow = None,
     as_json: AsJson = False,
 ) -> None:
     """Predict the last observed row from each prefix, and compare with simply keeping the prefix's last checkpoint.
@@ -188,7 +192,7 @@ def backtest(
     any task, and no weights are read.
     """
     with clear_errors():
-        opened = Trajectory(trajectory, window)
+        opened = Trajectory(trajectory, window, base)
         opened.row_codec()  # a sketch's rows are smoothed by the last one, too
         fitted = analysis.window(opened, t_cut, fit_from)
         steps, rows = fitted.steps, analysis.backtests(fitted, methods_of(method), rank)
@@ -217,6 +221,7 @@ def sweep(
     rank: Rank = 1,
     fit_from: FitFrom = 1,
     window: WindowNumber = -1,
+    base: BaseNow = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a grid of predictions (the paper's Table 3) and OUT/manifest.json, which an evaluator can walk.
@@ -224,7 +229,7 @@ def sweep(
     Interrupted, the same command goes on: what is complete is not written again.
     """
     with clear_errors():
-        opened = Trajectory(trajectory, window)
+        opened = Trajectory(trajectory, window, base)
         cuts, targets, methods = steps_of(t_cut, "--t-cut"), steps_of(target, "--target"), methods_of(method)
         pairs = [(cut, step) for cut in cuts for step in targets if step > cut]
         if not pairs:

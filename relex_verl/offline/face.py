@@ -55,6 +55,8 @@ def ingest(
     quantization: str = "auto",
     allow_pickle: bool = False,
     any_base: bool = False,
+    accept_jump: bool = False,
+    step_pattern: str | None = None,
 ) -> Trajectory:
     """Record the checkpoints of a finished run as a trajectory, in one pass; interrupted, the same call goes on.
 
@@ -63,8 +65,8 @@ def ingest(
 
     Args:
         base: folder or Hub id of the model that the run started from.
-        checkpoints: folder with folders named like global_step_5, step_5 or checkpoint-5; or "hub:owner/name", a Hub
-            repository whose revisions are steps.
+        checkpoints: folder with a folder for each step, like global_step_5 or checkpoint-5; or "hub:owner/name", a Hub
+            repository whose revisions, or folders, are steps.
         out: folder of the trajectory.
         steps: which, e.g. "1-75,80" or range(1, 76); all if not given.
         revisions: how those of a Hub repository are named.
@@ -72,15 +74,17 @@ def ingest(
         quantization: of fp32: "int8", "int4", "none", or "auto": none for what `relex-verl checkout` wrote, else int8.
         allow_pickle: use *.bin and verl's *.pt files (weights_only=True).
         any_base: accept a base that lies over 3 % away from the first checkpoint.
+        accept_jump: accept a checkpoint that lies much further away than those before it.
+        step_pattern: how the steps' folders are named, where that is not found out, e.g. "run/epoch_{N}/weights".
 
     Raises:
         IngestError: a checkpoint that cannot be used, another trajectory in `out`, no space. Committed steps stay.
         FileNotFoundError: no base model.
     """
-    options = Options(trajectory, quantization, allow_pickle, any_base)
+    options = Options(trajectory, quantization, allow_pickle, any_base, accept_jump)
     place = str(checkpoints)
     hub = place.removeprefix("hub:") if place.startswith("hub:") else None
-    found, source = checkpoints_in(Path(place) if hub is None else None, hub, revisions)
+    found, source = checkpoints_in(Path(place) if hub is None else None, hub, revisions, step_pattern)
     chosen = steps if steps is None or isinstance(steps, str) else ",".join(map(str, steps))
     return ingest_checkpoints(str(base), select_steps(found, chosen), source, Path(out), options)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from relex_verl.pipeline.prediction import write_laid_out_like
-from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint, resolve_model
+from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
 from relex_verl.trajectory.shards import TensorShard, whole
 from relex_verl.trajectory.store import Trajectory
 
@@ -53,7 +53,7 @@ def write_merged(
         for local, full, length in shard.placement.runs():
             adapters[shard.name].view(-1)[full : full + length] = shard.data[local : local + length]
         progress(shard.placement.numel)
-    base = BaseCheckpoint(resolve_model(trajectory.index.base_model))
+    base = trajectory.base_model()
     return write_laid_out_like(
         base, layers_of(adapters, base), merged_tensors(base, adapters, config), folder, provenance
     )

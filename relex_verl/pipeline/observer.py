@@ -162,10 +162,17 @@ class Observer:
         """The shards that this rank counts, in the order in which the engine hands them out."""
         return self.collector.held
 
-    def observe(self, step: int, source: ShardSource) -> Observation:
+    def observe(
+        self, step: int, source: ShardSource, accept: Callable[[torch.Tensor], None] = lambda figures_Lk: None
+    ) -> Observation:
         """Add one row: the change of every tensor since the row before.
 
         Nothing is kept of it if a rank fails; a sketch, which cannot take it back, accepts no other after that.
+
+        Args:
+            step: its training step.
+            source: the engine's weights.
+            accept: called with what `Collector.keep` gets before the step counts; it may raise (on all ranks together).
 
         Raises:
             ValueError: weights that are not finite; shards that differ from the first time.
@@ -182,6 +189,7 @@ class Observer:
         total_Lk = torch.zeros(len(self.shapes), mine_lk.shape[1], dtype=torch.float64)
         total_Lk[self._rows_held()] = mine_lk
         total_Lk = self.ranks.sum_over_ranks(total_Lk)
+        accept(total_Lk[:, :-2])
         if file is not None:
             trajectory.commit(step)
             self._write_index()

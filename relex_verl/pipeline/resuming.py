@@ -11,6 +11,7 @@ import torch
 from relex_verl.pipeline.adapters import write_origin
 from relex_verl.pipeline.collectives import Collectives
 from relex_verl.trajectory.collectors import Held
+from relex_verl.trajectory.fingerprint import of_tensors
 from relex_verl.trajectory.going_back import forget, readable_until, window_at
 from relex_verl.trajectory.hf_checkpoint import FLOATS, BaseCheckpoint
 from relex_verl.trajectory.index import TrajectoryError, TrajectoryIndex, WindowRecord
@@ -101,6 +102,8 @@ def create(
     is_base = True  # adapters: what is read as theta_0 is written here
     with ranks.together():
         if isinstance(base, BaseCheckpoint):
+            if ranks.rank == 0:
+                index.base_fingerprint = of_tensors(base)
             is_base = all(_same_bits(base.read(name, shard.placement), shard.state) for name, shard in held.items())
     everywhere_base = all(ranks.gather(is_base))
     with ranks.together():

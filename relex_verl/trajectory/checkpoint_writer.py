@@ -23,6 +23,7 @@ from relex_verl.trajectory.shards import TensorShard
 __all__ = ["CheckpointWriter"]
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx", ".index.json")
+FOLDERS = ("additional_chat_templates",)  # of a model, besides its files
 
 
 class CheckpointWriter:
@@ -96,7 +97,9 @@ class CheckpointWriter:
                 self._put(name, [(0, tensor.view(torch.uint8).numpy())])
         for source in self.base.folder.iterdir():
             if source.is_file() and not source.name.endswith(WEIGHT_SUFFIXES) and source.name != "relex.json":
-                shutil.copy(source, self.partial / source.name)
+                shutil.copyfile(source, self.partial / source.name)  # not its mode: ours follow the umask
+            elif source.is_dir() and source.name in FOLDERS:
+                shutil.copytree(source, self.partial / source.name, copy_function=shutil.copyfile)
         if self.dtype is not None:
             _declare_dtype(self.partial / "config.json", self.dtype)
         self._write_index()
@@ -123,9 +126,10 @@ class CheckpointWriter:
         """
         if provenance is not None:
             write_json(self.partial / "relex.json", dict(provenance))
-        for path in self.partial.iterdir():
-            with open(path, "rb") as stream:
-                os.fsync(stream.fileno())
+        for path in self.partial.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as stream:
+                    os.fsync(stream.fileno())
         replaced = self.folder.with_name(f".{self.folder.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         if self.folder.exists():
@@ -142,7 +146,7 @@ class CheckpointWriter:
             if self.folder.exists():
                 raise FileExistsError(f"{self.folder} is a file: give a folder")
             return
-        inside = list(self.folder.iterdir())
+        inside = [path for path in self.folder.iterdir() if path.name not in FOLDERS]
         if inside and (not (self.folder / "relex.json").is_file() or any(path.is_dir() for path in inside)):
             raise FileExistsError(
                 f"{self.folder} exists and is no checkpoint that relex-verl wrote: give a new or an empty folder"

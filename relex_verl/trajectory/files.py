@@ -18,6 +18,10 @@ DTYPES = {
     torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 
+# What this user keeps from others; there is no way to ask without setting it.
+UMASK = os.umask(0o077)
+os.umask(UMASK)
+
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON to a temporary name, then rename: readers see the old file or the new one."""
@@ -36,6 +40,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        temporary.chmod(0o666 & ~UMASK)  # safetensors 0.8 lets nobody else read what it writes
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

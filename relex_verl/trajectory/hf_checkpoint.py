@@ -5,11 +5,13 @@ import os
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 
 from relex_verl.trajectory.shards import Placement, TensorShard
+from relex_verl.trajectory.unreadable import why_unreadable
 
 __all__ = ["FLOATS", "INDEX_NAME", "ITEM_SIZE", "BaseCheckpoint", "resolve_model"]
 
@@ -37,7 +39,9 @@ def resolve_model(model: str | os.PathLike[str]) -> Path:
         raise FileNotFoundError(f"{model} is no folder: it was moved, or the name is mistyped")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+    # Weights, and whatever configurations, tokenizers and models with code of their own are made of.
+    suffixes = ("json", "safetensors", "txt", "jinja", "model", "py", "tiktoken", "bpe", "spm", "vocab")
+    patterns = [f"*.{suffix}" for suffix in suffixes]
     try:
         return Path(snapshot_download(str(model), allow_patterns=patterns))
     except Exception as error:  # of several libraries, and of several lines
@@ -65,20 +69,19 @@ class BaseCheckpoint:
 
         Raises:
             FileNotFoundError: no safetensors file in the folder; pickled weights are not read.
-            ValueError: a tensor stands in two files.
+            ValueError: a tensor stands in two files, or a file is damaged; it says why.
         """
         self.folder = Path(folder)
         files = sorted(self.folder.glob("*.safetensors"))
         if (self.folder / INDEX_NAME).exists():
-            named = set(json.loads((self.folder / INDEX_NAME).read_text())["weight_map"].values())
-            files = [self.folder / name for name in sorted(named)]
+            files = [self.folder / name for name in sorted(set(_weight_map(self.folder / INDEX_NAME).values()))]
         if not files:
             raise FileNotFoundError(
                 f"{self.folder} holds no safetensors checkpoint; RELEX reads and writes that format only. "
                 "Convert the model once: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)"
             )
         self.entries: dict[str, _Entry] = {}
-        self._open = {file.name: safe_open(file, framework="pt") for file in files}
+        self._open = {file.name: _opened(file) for file in files}
         for file, handle in self._open.items():
             for name in handle.offset_keys():
                 if name in self.entries:
@@ -93,10 +96,11 @@ class BaseCheckpoint:
             KeyError: no such tensor.
         """
         tensor = self._open[self.entries[name].file].get_tensor(name)
-        if placement is None:
-            return tensor
-        flat = tensor.flatten()
-        return torch.cat([flat[start : start + length] for _, start, length in placement.runs()] or [flat[:0]])
+        return tensor if placement is None else placement.cut_out_of(tensor)
+
+    def reopened(self) -> "BaseCheckpoint":
+        """The same, mapped anew: the pages that have been read are let go of."""
+        return BaseCheckpoint(self.folder)
 
     def dtype(self, name: str) -> torch.dtype:
         """The type in which a trained tensor is stored.
@@ -127,3 +131,20 @@ class BaseCheckpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(prod(entry.shape) * ITEM_SIZE[entry.dtype] for entry in self.entries.values())
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        listed = json.loads(index.read_text())["weight_map"]
+        return {name: str(file) for name, file in listed.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        said = why_unreadable(index) or error
+        raise ValueError(f"{index.name} is truncated or damaged ({said}): copy it again") from error
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except Exception as error:  # its own type, the system's, and others by version
+        said = why_unreadable(file) or f"{file.name} is truncated or damaged ({error}): copy it again"
+        raise (ValueError if file.exists() else FileNotFoundError)(said) from error

@@ -45,6 +45,8 @@ class TrajectoryIndex:
             what is written of them is laid out like it.
         schema_version: of the file; a trajectory of an older one is gone on with in its own.
         given_up: the steps at which windows began that do not count any more, since the run was resumed from before them.
+        base_fingerprint: of the base model's tensors, see `fingerprint`; empty where it was not taken.
+        ingested: of a finished run: step -> fingerprint of the files that it was recorded from.
     """
 
     base_model: str
@@ -57,6 +59,8 @@ class TrajectoryIndex:
     adapters: bool = False
     schema_version: int = 2
     given_up: list[int] = field(default_factory=list)
+    base_fingerprint: str = ""
+    ingested: dict[str, str] = field(default_factory=dict)
 
 
 def read_index(folder: Path) -> TrajectoryIndex:
@@ -100,8 +104,9 @@ def write_index(folder: Path, index: TrajectoryIndex) -> None:
         content["schema_version"] = 3
     else:
         del content["adapters"]
-    if not index.given_up:
-        del content["given_up"]
+    for key in ("given_up", "base_fingerprint", "ingested"):
+        if not content[key]:
+            del content[key]
     for window in content["windows"]:
         if index.schema_version == 1:
             del window["folder"]

@@ -46,6 +46,11 @@ class Placement:
             yield local, start, length
             local += length
 
+    def cut_out_of(self, full: torch.Tensor) -> torch.Tensor:
+        """The shard of a full tensor, flat."""
+        flat = full.flatten()
+        return torch.cat([flat[start : start + length] for _, start, length in self.runs()] or [flat[:0]])
+
 
 @dataclass(frozen=True)
 class TensorShard:

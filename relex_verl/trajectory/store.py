@@ -29,9 +29,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from relex_verl.trajectory.base import opened_base
 from relex_verl.trajectory.encodings import PackedStep, StoredStep
 from relex_verl.trajectory.files import save_tensors, write_json
-from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint, resolve_model
+from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
 from relex_verl.trajectory.index import (
     TrajectoryError,
     TrajectoryIndex,
@@ -61,18 +62,23 @@ class Trajectory:
         number: of this window, from 0.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], window: int = -1) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], window: int = -1, base: str | os.PathLike[str] | None = None
+    ) -> None:
         """Open an existing one.
 
         Args:
             folder: with index.json.
             window: which of its windows, from 0; -1 is the last, the one that is being observed.
+            base: folder or Hub id of the base model now, where it is not that in the index any more.
 
         Raises:
             TrajectoryError: no index, one that this version cannot read, or no such window.
         """
         self.folder = Path(folder)
         self.index = read_index(self.folder)
+        if base is not None:
+            self.index.base_model = str(Path(base).resolve()) if Path(base).is_dir() else str(base)
         self.number = self._place(window)
 
     @classmethod
@@ -179,10 +185,13 @@ class Trajectory:
         return list(self.index.tensors)
 
     def base(self) -> BaseCheckpoint:
-        """What theta_0 is read from and checkpoints are laid out like: the base model, found by the path or Hub id in the
-        index; of LoRA the adapters before the first step."""
-        adapters = self.index.adapters
-        return BaseCheckpoint(self.folder / ADAPTER_FOLDER if adapters else resolve_model(self.index.base_model))
+        """What theta_0 is read from and checkpoints are laid out like: the base model, of LoRA the adapters before the
+        first step."""
+        return BaseCheckpoint(self.folder / ADAPTER_FOLDER) if self.index.adapters else self.base_model()
+
+    def base_model(self) -> BaseCheckpoint:
+        """The base model, of whatever kind of trajectory; TrajectoryError where it is not there or has changed."""
+        return opened_base(self.folder, self.index)
 
     @property
     def kind(self) -> Kind:

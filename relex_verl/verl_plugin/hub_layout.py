@@ -1,8 +1,6 @@
 """Which tensors of the checkpoint a parameter of a transformers model is, and which verl sends to the rollout for it.
 
-transformers 5 renames tensors and fuses experts while it loads a model, and takes both back when it saves one. It is asked
-here what it would save for a parameter: one without elements, so that every tensor that comes out is a view which tells by
-its strides what part of the parameter it is. So no architecture is known by name, and what would compute new values is seen.
+What the checkpoint has is what transformers would save for a parameter (`trajectory.saved_as`).
 """
 
 from collections.abc import Callable
@@ -11,9 +9,9 @@ from math import prod
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint, resolve_model
+from relex_verl.trajectory.saved_as import saved_as
 from relex_verl.trajectory.shards import Placement, block_placement
 from relex_verl.verl_plugin.blocks import Box, Piece, Shape, blocks_of_range, joined, pieces_of_views, strides
 
@@ -111,8 +109,7 @@ class HubLayout:
         """What a parameter that is not cut up is called in the checkpoint."""
         if self._base is None or name in self._base.entries:
             return name
-        with _Unmoved():
-            return str(next(iter(self._reverted(name, torch.empty(1, device="meta"))), name))
+        return str(next(iter(saved_as(self._model, self._base, name, torch.empty(1, device="meta"))), name))
 
     def parts(self, name: str, shape: Shape, place: Any, local: torch.Tensor) -> list[HubPart]:
         """The parts of tensors of the checkpoint that a shard of a parameter holds.
@@ -172,20 +169,12 @@ class HubLayout:
     def _asked(self, name: str, shape: Shape) -> tuple[Piece, ...]:
         parameter = torch.empty(shape, dtype=torch.uint8, device="meta")
         try:
-            with _Unmoved():
-                saved = self._reverted(name, parameter)
-            return pieces_of_views(parameter, saved.items())
+            return pieces_of_views(parameter, saved_as(self._model, self._base, name, parameter).items())
         except Exception as error:
             raise ValueError(
                 f"{name} is not in the base checkpoint, and how transformers makes it of what is there cannot be followed "
                 f"({error})"
             ) from error
-
-    def _reverted(self, name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
-        from transformers.core_model_loading import revert_weight_conversion
-
-        saved: Any = _Saved(self._model, self._base)
-        return revert_weight_conversion(saved, {name: parameter})
 
 
 def _append(views: list[View], view: View) -> None:
@@ -198,34 +187,6 @@ def _append(views: list[View], view: View) -> None:
             length += before
         size, stride, offset = (length,), (1,), begin
     views.append((size, stride, offset))
-
-
-class _Saved:
-    """A model as `revert_weight_conversion` asks it: its conversions, and the shapes that its checkpoint has.
-
-    transformers takes a transposition back only where the shapes tell that there was one.
-    """
-
-    def __init__(self, model: Any, base: BaseCheckpoint | None) -> None:
-        self.config, self._base = model.config, base
-        self._weight_conversions = getattr(model, "_weight_conversions", None)
-        if self._weight_conversions is None:  # of an engine that loads weights in its own way: what the table says
-            from transformers.conversion_mapping import get_model_conversion_mapping
-            from transformers.core_model_loading import PrefixChange
-
-            table = get_model_conversion_mapping(model, add_legacy=False)
-            self._weight_conversions = [one for one in table if not isinstance(one, PrefixChange)]
-
-    def get_parameter(self, name: str) -> torch.Tensor:
-        assert self._base is not None
-        return torch.empty(self._base.entries[name].shape, device="meta")
-
-
-class _Unmoved(TorchDispatchMode):
-    """Copies of a tensor without elements are the tensor itself, so that its strides tell where they came from."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func is torch.ops.aten.clone.default else func(*args, **(kwargs or {}))
 
 
 def model_of(engine: Any) -> Any:

@@ -36,7 +36,7 @@ def test_a_failure_leaves_the_old_destination_intact(base, tmp_path, monkeypatch
     before = content(folder)
     rename = os.replace
     if failing == "begin":
-        monkeypatch.setattr("shutil.copy", out_of_space)
+        monkeypatch.setattr("shutil.copyfile", out_of_space)
     elif failing == "write":
         monkeypatch.setattr(os, "pwrite", out_of_space)
     elif failing == "fsync":

@@ -13,6 +13,7 @@ from relex_verl.maths.extrapolators import Prediction, fit_weights, top_eigenvec
 from relex_verl.maths.window import Window
 from relex_verl.offline.analysis.windows import observed_until
 from relex_verl.offline.ingest import Checkpoint, Found, IngestError
+from relex_verl.offline.ingest.names import names_in
 from relex_verl.trajectory import replay
 from relex_verl.trajectory.store import Trajectory
 
@@ -108,14 +109,17 @@ def align_checkpoints(
     """
     observed_until(trajectory, cut)
     window, alignments = replay.window(trajectory, cut), []
+    base = trajectory.base()
     for checkpoint in checkpoints:
         fits = {}
         for method in methods:
             prediction = Prediction(method, checkpoint.step, rank, fit_from)
             trajectory.kind.check(prediction, window.steps)
             fits[method] = trajectory.kind.coefficients(fit_weights(window, prediction), window.steps).tolist()
-        with checkpoint.opened(allow_pickle) as folder:
-            sums = _inner_products(trajectory, cut, fits, Checkpoint(folder, checkpoint.called), progress)
+        with checkpoint.opened(allow_pickle, base=None if trajectory.index.adapters else base) as folder:
+            truth = Checkpoint(folder, checkpoint.called)
+            truth.named(names_in(base, set(trajectory.names), truth).sources)
+            sums = _inner_products(trajectory, cut, fits, truth, progress)
         alignments += [
             _alignment(method, checkpoint.step, torch.tensor(rows, dtype=torch.float64))
             for method, rows in sums.items()

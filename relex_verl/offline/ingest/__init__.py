@@ -9,28 +9,22 @@ and at least 99.99 % of the predicted bfloat16 weights. An interrupted pass goes
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-from relex_verl.offline.ingest.checkpoints import (
-    Found,
-    IngestError,
-    checkpoints_in,
-    find_checkpoints,
-    find_revisions,
-    is_full,
-    select_steps,
-    within,
-)
+import torch
+
+from relex_verl.offline.ingest.checkpoints import Found
+from relex_verl.offline.ingest.errors import IngestError, is_full
+from relex_verl.offline.ingest.finding import checkpoints_in, find_checkpoints, find_revisions, select_steps, within
+from relex_verl.offline.ingest.going_on import begun_in, check_unchanged, still_to_do
 from relex_verl.offline.ingest.layout import Checkpoint, Layout, check_same_origin, check_tied
+from relex_verl.offline.ingest.options import AS_IT_COMES, Options
+from relex_verl.offline.ingest.plausible import check_moved, check_plausible
 from relex_verl.offline.ingest.source import CheckpointSource
 from relex_verl.pipeline.observer import Observation, Observer
-from relex_verl.reporting.provenance import Checkout
-from relex_verl.reporting.records import RecordError
 from relex_verl.trajectory.collectors import RowCollector
 from relex_verl.trajectory.hf_checkpoint import resolve_model
 from relex_verl.trajectory.index import step_ranges
-from relex_verl.trajectory.kinds import QUANTIZATIONS, Kind, kind_of
 from relex_verl.trajectory.parallel import all_processors
 from relex_verl.trajectory.store import Trajectory
 
@@ -49,73 +43,13 @@ __all__ = [
     "within",
 ]
 
-TRAJECTORIES = ("auto", "bf16", "fp32")
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to ingest.
-
-    Attributes:
-        trajectory: "bf16", "fp32", or "auto": bf16 where all checkpoints are bfloat16, else fp32, so that nothing is lost.
-        quantization: of fp32: "int8", "int4", "none", or "auto": none for what `relex-verl checkout` wrote (it has been
-            quantised once), else int8.
-        allow_pickle: use checkpoints that need unpickling.
-        any_base: do not compare the weights of the first checkpoint with those of the base.
-
-    Raises:
-        IngestError: another trajectory or quantization.
-    """
-
-    trajectory: str = "auto"
-    quantization: str = "auto"
-    allow_pickle: bool = False
-    any_base: bool = False
-
-    def __post_init__(self) -> None:
-        for option, value, known in (
-            ("--trajectory", self.trajectory, TRAJECTORIES),
-            ("--quantization", self.quantization, ("auto", *QUANTIZATIONS)),
-        ):
-            if value not in known:
-                raise IngestError(f"{option} {value}: give one of {', '.join(known)}")
-
-    def kind(self, layout: Layout, checkpoint: Path, begun: Kind | None) -> Kind:
-        """The kind for checkpoints of this layout, of which one is given; `begun` is that of the steps before them.
-
-        Raises:
-            IngestError: they would be rounded because those before them were bfloat16.
-        """
-        trajectory, quantization = self.trajectory, self.quantization
-        if begun is not None and begun.trajectory == "bf16" and trajectory == "auto" and not layout.exact_in_bf16:
-            raise IngestError(
-                "the steps recorded before are bfloat16, these checkpoints are not: checkpoints of one run must have one "
-                "type; convert them, leave some out with --steps, or round them with --trajectory bf16"
-            )
-        if begun is not None:
-            return begun
-        checkout = _checkout(checkpoint)
-        if trajectory == "auto":
-            # The only exact checkouts are those of bf16; what they hold beyond it is the base's.
-            exact = layout.exact_in_bf16 or (checkout is not None and checkout.max_error == 0)
-            trajectory = "bf16" if exact else "fp32"
-        if quantization == "auto":
-            quantization = "none" if checkout is not None else "int8"
-        return kind_of(trajectory, quantization)
-
-    def allow(self, kind: Kind) -> bool:
-        """Whether a trajectory that was begun as this kind may be gone on with."""
-        return self.trajectory in ("auto", kind.trajectory) and (
-            kind.quantization is None or self.quantization in ("auto", kind.quantization)
-        )
-
 
 def ingest(
     base_model: str,
     found: Sequence[Found],
     source: str,
     out: Path,
-    options: Options = Options(),
+    options: Options = AS_IT_COMES,
     progress: Callable[[Observation], None] = lambda observation: None,
 ) -> Trajectory:
     """Record the checkpoints as a trajectory, or go on with one that an earlier call began.
@@ -137,15 +71,17 @@ def ingest(
     """
     if Path(base_model).is_dir():
         base_model = str(Path(base_model).resolve())
-    begun = _begun(out, base_model, source, options)
-    todo = _still_to_do(found, begun.steps if begun else [], out)
+    base = Checkpoint(resolve_model(base_model))
+    begun = begun_in(out, base_model, base, source, options)
+    todo = still_to_do(found, begun.steps if begun else [], out)
+    if begun:
+        check_unchanged(begun, found)
     if begun and not todo:
         return begun
     # Temporary copies lie beside the trajectory: there is room for checkpoints where a run's results go, rarely in /tmp.
     workspace = next(folder for folder in out.resolve().parents if folder.is_dir())
-    base = Checkpoint(resolve_model(base_model))
     with ExitStack() as opened:
-        folder = opened.enter_context(todo[0].opened(options.allow_pickle, workspace))
+        folder = opened.enter_context(todo[0].opened(options.allow_pickle, workspace, base))
         first = Checkpoint(folder, todo[0].called)
         layout = _common_layout(base, first, found, todo[0], options.allow_pickle)
         if begun is None and not options.any_base:
@@ -154,30 +90,38 @@ def ingest(
         observer = Observer(out, base_model, layout.aliases, {"ingested_from": source}, kind)
         with _nothing_half_written(out, observer), all_processors() as threads:
             _rows(observer).threads = threads
-            observer.start(CheckpointSource(base.folder, layout.shapes))
+            observer.start(CheckpointSource(base, layout.shapes))
+            norm_L = torch.tensor(
+                [torch.linalg.vector_norm(held.state, dtype=torch.float64) for held in observer.held.values()],
+                dtype=torch.float64,
+            )
             observer.open(begun.steps[-1] if begun else 0)
             observer.reopen_base()
             _leave_to_disk(observer)
             for entry in todo:
                 if entry is not todo[0]:
                     opened.close()  # of the step before
-                    folder = opened.enter_context(entry.opened(options.allow_pickle, workspace))
-                progress(_observe(observer, entry, Checkpoint(folder, entry.called), layout))
+                    folder = opened.enter_context(entry.opened(options.allow_pickle, workspace, base))
+                checkpoint = first if entry is todo[0] else layout.find_in(Checkpoint(folder, entry.called))
+                seen = _observe(observer, entry, checkpoint, layout, None if options.accept_jump else norm_L)
+                progress(seen)
+            check_moved(observer.steps, _increments(observer))
     return observer.trajectory
 
 
 @contextmanager
 def _nothing_half_written(out: Path, observer: Observer) -> Iterator[None]:
-    """On an error before the first committed step, `out` is as it was; committed ones stay."""
+    """On an error before the first committed step, or where nothing has moved, `out` is as it was; committed ones stay."""
     existed, before = out.exists(), recorded_steps(out)
     try:
         yield
     except BaseException as error:
-        if not (before or observer.steps):
+        if not before and not _increments(observer).any():
             shutil.rmtree(out, ignore_errors=True)
             if existed:
                 out.mkdir(exist_ok=True)
-        raise _in_words(error, observer.steps or before, out) from error
+        kept = recorded_steps(out)
+        raise _in_words(error, kept, out) from error
 
 
 def recorded_steps(out: Path) -> list[int]:
@@ -185,15 +129,34 @@ def recorded_steps(out: Path) -> list[int]:
     return Trajectory(out).steps if (out / "index.json").exists() else []
 
 
-def _observe(observer: Observer, entry: Found, checkpoint: Checkpoint, layout: Layout) -> Observation:
-    layout.check(checkpoint)
+def _observe(
+    observer: Observer, entry: Found, checkpoint: Checkpoint, layout: Layout, norm_L: torch.Tensor | None
+) -> Observation:
+    """Record a step; `norm_L` is |theta_0| of each tensor, None to take whatever comes."""
     check_tied(checkpoint, layout.aliases)
+    layout.check_still(checkpoint)
+
+    def accept(row_LT: torch.Tensor) -> None:
+        if norm_L is not None:
+            past_LT = _increments(observer)
+            check_plausible(entry.called, entry.step, observer.steps, layout.shapes, norm_L, past_LT, row_LT[:, -1])
+
+    before = dict(observer.trajectory.index.ingested)
+    observer.trajectory.index.ingested[str(entry.step)] = entry.fingerprint
     try:
-        observation = observer.observe(entry.step, CheckpointSource(checkpoint.folder, layout.shapes))
-    except ValueError as error:
-        raise IngestError(f"{entry.called}: {error}") from error
+        observation = observer.observe(entry.step, CheckpointSource(checkpoint, layout.shapes), accept)
+    except BaseException as error:
+        observer.trajectory.index.ingested = before
+        if entry.step not in observer.steps:
+            observer.trajectory.delete(0, [entry.step])
+        raise IngestError(f"{entry.called}: {error}") if isinstance(error, ValueError) else error from error
     _leave_to_disk(observer)
     return observation
+
+
+def _increments(observer: Observer) -> torch.Tensor:
+    """|e_t|^2 of every tensor and step, (L, T)."""
+    return _rows(observer).increment_gram_LTT.diagonal(dim1=1, dim2=2)
 
 
 def _leave_to_disk(observer: Observer) -> None:
@@ -224,58 +187,18 @@ def _common_layout(
     for entry in found:
         entry.check_allowed(allow_pickle)
         if entry.kind == "safetensors" and entry is not opened:
-            layout.check(Checkpoint(Path(entry.place), entry.called))
+            layout.find_in(Checkpoint(Path(entry.place), entry.called))
     return layout
-
-
-def _checkout(folder: Path) -> Checkout | None:
-    """What `relex-verl checkout` says of what it wrote, if it did: it alone says how far off its weights can be."""
-    try:
-        return Checkout.read(folder / "relex.json")
-    except (OSError, RecordError):
-        return None
-
-
-def _begun(out: Path, base_model: str, source: str, options: Options) -> Trajectory | None:
-    """The trajectory that `out` holds already, if it holds a step.
-
-    Raises:
-        IngestError: it holds something else.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return None
-    if not (out / "index.json").exists():
-        raise IngestError(f"--out {out} exists and is no trajectory: give a new folder")
-    there = Trajectory(out)
-    differing = {
-        "base model": (there.index.base_model, base_model),
-        "checkpoints": (there.index.run.get("ingested_from"), source),
-    }
-    for key, (theirs, ours) in differing.items():
-        if theirs != ours:
-            raise IngestError(
-                f"--out {out} holds another trajectory ({key}: {theirs!r} there, {ours!r} here): give a new folder"
-            )
-    if not options.allow(there.kind):
-        raise IngestError(f"--out {out} holds another trajectory (encoding {there.index.encoding}): give a new folder")
-    return there if there.steps else None
-
-
-def _still_to_do(found: Sequence[Found], done: Sequence[int], out: Path) -> list[Found]:
-    late = [entry.step for entry in found if done and entry.step < done[-1] and entry.step not in done]
-    if late:
-        raise IngestError(
-            f"--out {out} goes up to step {done[-1]} without step {late[0]}, and steps are added in order: "
-            "give a new folder, or leave that step out with --steps"
-        )
-    return [entry for entry in found if entry.step not in done]
 
 
 def _in_words(error: BaseException, steps: Sequence[int], out: Path) -> BaseException:
     """Out of space in words; everything with what is kept."""
-    kept = f"; steps {step_ranges(steps)} are kept in {out}, run the same command again to go on" if steps else ""
+    kept = f"steps {step_ranges(steps)} are kept in {out}, run the same command again to go on" if steps else ""
+    then = f"; {kept}" if kept else ""
     if isinstance(error, IngestError):
-        return IngestError(f"{error}{kept}")
+        return IngestError(f"{error}{then}")
+    if isinstance(error, KeyboardInterrupt):
+        return KeyboardInterrupt(*error.args, kept or f"no step was recorded yet, and {out} is as it was")
     if is_full(error):
-        return IngestError(f"--out {out}: no space left on the device: make room{kept}")
+        return IngestError(f"--out {out}: no space left on the device: make room{then}")
     return error

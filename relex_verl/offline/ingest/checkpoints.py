@@ -1,50 +1,35 @@
-"""Where the checkpoints of a finished run lie, and how each becomes a folder of safetensors files for as long as it is read.
+"""How each checkpoint of a finished run becomes a folder of safetensors files, for as long as it is read.
 
-Four kinds: a Hugging Face folder (used as it is), pickled Hugging Face weights (`*.bin`, rewritten as safetensors in a
-temporary folder), verl's FSDP shards (`model_world_size_*_rank_*.pt`, through verl's own merger), and a revision of a Hub
-repository (downloaded, and deleted after use if it was not in the cache before).
+A Hugging Face folder is used as it is. Pickled weights (`*.bin`) are rewritten, verl's FSDP shards go through verl's own
+merger, LoRA adapters are merged into the base, and a revision of a Hub repository is downloaded, in a temporary folder
+that is deleted after use.
 """
 
-import errno
 import os
-import re
 import subprocess
 import sys
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from relex_verl.offline.ingest.adapters import AdapterError, merge_adapter
+from relex_verl.offline.ingest.errors import IngestError, first_line, is_full
+from relex_verl.offline.ingest.layouts import SHARD_FILE
+from relex_verl.offline.ingest.temporary import temporary_folder
+from relex_verl.trajectory.fingerprint import of_files
 from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
+from relex_verl.trajectory.unreadable import why_unreadable
 
-__all__ = [
-    "Found",
-    "IngestError",
-    "checkpoints_in",
-    "find_checkpoints",
-    "find_revisions",
-    "is_full",
-    "select_steps",
-    "within",
-]
+__all__ = ["Found", "endpoint"]
 
-STEP_FOLDER = re.compile(r"(?:global_step|step|checkpoint|iter)[_-]?(\d+)")
-SHARD_FILE = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")
-# Inside a step's folder, verl puts the actor's Hugging Face files and its shards here.
-PLACES = (".", "actor/huggingface", "huggingface", "actor")
 HUB_FILES = ["*.safetensors", "*.json"]
-
-
-class IngestError(RuntimeError):
-    """A checkpoint that cannot be used, in one line: which, why, and what to do."""
+PICKLED = "pytorch_model*.bin"
 
 
 @dataclass(frozen=True)
@@ -53,18 +38,25 @@ class Found:
 
     Attributes:
         step: its training step.
-        kind: "safetensors", "pickle", "verl" or "hub".
-        place: its folder; for the Hub repository@revision.
+        kind: "safetensors", "pickle", "verl", "adapter", "hub", "hub-pickle" or "none".
+        place: its folder; for the Hub repository@revision, or repository@revision:folder.
+        why: of "none": what is there instead.
     """
 
     step: int
     kind: str
     place: str
+    why: str = ""
 
     @property
     def called(self) -> str:
         """What messages call it."""
         return f"step {self.step} ({self.place})"
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its files, to see whether they have changed; empty for the Hub, which keeps them."""
+        return of_files(Path(self.place)) if Path(self.place).is_dir() else ""
 
     def check_allowed(self, allow_pickle: bool) -> None:
         """Refuse to unpickle unasked.
@@ -72,19 +64,25 @@ class Found:
         Raises:
             IngestError: it needs pickle and that is not allowed.
         """
-        if self.kind in ("pickle", "verl") and not allow_pickle:
+        pickled = self.kind in ("pickle", "verl", "hub-pickle")
+        if self.kind == "adapter":
+            pickled = not (Path(self.place) / "adapter_model.safetensors").exists()
+        if pickled and not allow_pickle:
             raise IngestError(
                 f"{self.called} is pickled, and unpickling can run code: add --allow-pickle if you trust these files "
                 "(they are loaded with weights_only=True), or convert them to safetensors"
             )
 
     @contextmanager
-    def opened(self, allow_pickle: bool = False, workspace: Path | None = None) -> Iterator[Path]:
+    def opened(
+        self, allow_pickle: bool = False, workspace: Path | None = None, base: BaseCheckpoint | None = None
+    ) -> Iterator[Path]:
         """A folder of safetensors files with its weights, there until the block ends.
 
         Args:
             allow_pickle: use it even if it needs unpickling.
             workspace: where a temporary copy goes, if there has to be one; the system's temporary folder for None.
+            base: the base model, into which adapters are merged; None to leave them as they are.
 
         Raises:
             IngestError: it needs pickle and that is not allowed, is incomplete, or cannot be merged or downloaded.
@@ -93,139 +91,37 @@ class Found:
         if self.kind == "safetensors":
             yield Path(self.place)
             return
-        with tempfile.TemporaryDirectory(prefix=".relex-ingest-", dir=workspace) as temporary:
-            yield self._converted(Path(temporary))
+        with temporary_folder(workspace) as temporary:
+            yield self._converted(temporary, base, allow_pickle)
 
-    def _converted(self, temporary: Path) -> Path:
+    def _converted(self, temporary: Path, base: BaseCheckpoint | None, allow_pickle: bool) -> Path:
+        ways: dict[str, Callable[[], Path]] = {
+            "pickle": lambda: _unpickle(Path(self.place), temporary),
+            "verl": lambda: _merge(self.place, temporary, base),
+            "adapter": lambda: _merged(_adapter(Path(self.place), temporary), base, temporary),
+            "hub": lambda: _download(self.place, temporary, allow_pickle),
+            "hub-pickle": lambda: _download(self.place, temporary, allow_pickle),
+        }
         try:
-            return {"pickle": _unpickle, "verl": _merge, "hub": _download}[self.kind](self.place, temporary)
+            return ways[self.kind]()
         except Exception as error:
             if is_full(error):
                 cure = f"no space left for its temporary copy in {temporary.parent}: make room there"
                 raise IngestError(f"{self.called}: {cure}") from error
-            raise IngestError(f"{self.called}: {_first_line(error)}") from error
+            raise IngestError(f"{self.called}: {first_line(error)}") from error
 
 
-def find_checkpoints(folder: Path) -> list[Found]:
-    """The checkpoints in the step folders (`global_step_5`, `step_5`, `checkpoint-5`) of a folder, ascending.
-
-    Step 0 is left out: it is the base model.
-
-    Raises:
-        IngestError: no step folder, a step twice, or a step folder without a checkpoint.
-    """
-    if not folder.is_dir():
-        raise IngestError(f"--checkpoints {folder}: no such folder")
-    numbered = [
-        (int(match.group(1)), child)
-        for child in folder.iterdir()
-        if child.is_dir() and (match := STEP_FOLDER.fullmatch(child.name))
-    ]
-    if not numbered:
-        raise IngestError(f"--checkpoints {folder} holds no folder named like global_step_5, step_5 or checkpoint-5")
-    places = [(step, str(child)) for step, child in sorted(numbered) if step > 0]
-    _check_once(places)
-    return [_look_into(step, Path(child)) for step, child in places]
-
-
-def _look_into(step: int, folder: Path) -> Found:
-    for place in PLACES:
-        inside = folder / place
-        if any(inside.glob("*.safetensors")) or (inside / "model.safetensors.index.json").exists():
-            return Found(step, "safetensors", str(inside))
-    for place in PLACES:
-        if any(SHARD_FILE.fullmatch(path.name) for path in (folder / place).glob("model_world_size_*.pt")):
-            return Found(step, "verl", str(folder / place))
-    for place in PLACES:
-        if any((folder / place).glob("pytorch_model*.bin")):
-            return Found(step, "pickle", str(folder / place))
-    return Found(step, "none", str(folder))
-
-
-def find_revisions(repo: str, pattern: str) -> list[Found]:
-    """The branches and tags of a Hub repository that are named like `pattern`, e.g. step_{N}, ascending.
-
-    Raises:
-        IngestError: no {N} in the pattern, none matches, a step twice, or the Hub cannot be reached.
-    """
-    from huggingface_hub import HfApi
-
-    if "{N}" not in pattern:
-        raise IngestError(f"--revisions {pattern}: write {{N}} where the step number stands, e.g. step_{{N}}")
-    matches = re.compile(re.escape(pattern).replace(r"\{N\}", r"(\d+)")).fullmatch
-    try:
-        refs = HfApi(endpoint=_endpoint()).list_repo_refs(repo)
-    except Exception as error:
-        raise IngestError(f"--hub {repo}: {_first_line(error)}") from error
-    names = sorted({ref.name for ref in (*refs.branches, *refs.tags)})
-    found = sorted((int(match.group(1)), f"{repo}@{name}") for name in names if (match := matches(name)))
-    if not found:
-        shown = ", ".join(names[:8]) or "none"
-        raise IngestError(f"--hub {repo} has no revision named like {pattern}; its revisions: {shown}")
-    _check_once(found)
-    return [Found(step, "hub", place) for step, place in found if step > 0]
-
-
-def checkpoints_in(checkpoints: Path | None, hub: str | None, revisions: str) -> tuple[list[Found], str]:
-    """The checkpoints in a folder or a Hub repository, and what to call the place they are in.
-
-    Raises:
-        IngestError: both or none are given, or none is there.
-    """
-    if checkpoints is not None and hub is None:
-        return find_checkpoints(checkpoints), str(checkpoints.resolve())
-    if hub is not None and checkpoints is None:
-        return find_revisions(hub, revisions), f"hub:{hub}"
-    raise IngestError("give either --checkpoints FOLDER or --hub REPO")
-
-
-def select_steps(found: Sequence[Found], steps: str | None) -> list[Found]:
-    """Those within `steps`, e.g. "1-75,80" (None: all).
-
-    Raises:
-        IngestError: `steps` cannot be read, nothing is left, or a chosen step folder holds no checkpoint.
-    """
-    chosen = [entry for entry in found if steps is None or within(steps)(entry.step)]
-    if not chosen:
-        there = ", ".join(str(entry.step) for entry in found[:12]) or "none"
-        raise IngestError(f"--steps {steps or 'all'} leaves no checkpoint; the steps found are {there}")
-    for entry in chosen:
-        if entry.kind == "none":
-            raise IngestError(
-                f"{entry.place} holds no checkpoint (no *.safetensors, no model_world_size_*.pt, no pytorch_model*.bin, "
-                "also not in actor/huggingface): leave that step out with --steps"
-            )
-    return chosen
-
-
-def within(steps: str) -> Callable[[int], bool]:
-    """Whether a step is among `steps`, e.g. "1-75,80".
-
-    Raises:
-        IngestError: `steps` cannot be read.
-    """
-    ranges = []
-    for part in steps.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if match is None:
-            raise IngestError(f"--steps {steps}: give steps and ranges separated by commas, e.g. 1-75 or 10,20,30")
-        ranges.append((int(match.group(1)), int(match.group(2) or match.group(1))))
-    return lambda step: any(low <= step <= high for low, high in ranges)
-
-
-def _check_once(places: Sequence[tuple[int, str]]) -> None:
-    for (step, place), (next_step, next_place) in pairwise(places):
-        if step == next_step:
-            raise IngestError(f"step {step} is there twice, as {place} and {next_place}: remove or rename one of them")
-
-
-def _unpickle(place: str, temporary: Path) -> Path:
-    for path in sorted(Path(place).glob("pytorch_model*.bin")):
+def _unpickle(place: Path, temporary: Path, pattern: str = PICKLED) -> Path:
+    """The same weights as safetensors files."""
+    for path in sorted(place.glob(pattern)):
+        unreadable = why_unreadable(path)
+        if unreadable:
+            raise IngestError(unreadable)
         try:
             # Files of before torch 1.6 are no zip archives, and cannot be mapped.
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except Exception as error:
-            raise IngestError(f"{path.name} cannot be loaded with weights_only=True: {_first_line(error)}") from error
+            raise IngestError(f"{path.name} {_why_not_loaded(path, error)}") from error
         if not isinstance(state, Mapping):
             raise IngestError(f"{path.name} holds no named tensors but a {type(state).__name__}")
         for name, tensor in state.items():
@@ -237,7 +133,31 @@ def _unpickle(place: str, temporary: Path) -> Path:
     return temporary
 
 
-def _merge(place: str, temporary: Path) -> Path:
+def _why_not_loaded(path: Path, error: Exception) -> str:
+    with open(path, "rb") as stream:
+        is_archive = stream.read(2) == b"PK"
+    if is_archive and not zipfile.is_zipfile(path):  # its list of contents stands at the end
+        return "is cut off: copy it again"
+    return f"cannot be loaded with weights_only=True: {first_line(error)}"
+
+
+def _adapter(place: Path, temporary: Path) -> Path:
+    """An adapter's folder, with its weights as safetensors."""
+    if (place / "adapter_model.safetensors").exists():
+        return place
+    copy = temporary / "adapter"
+    copy.mkdir()
+    _unpickle(place, copy, "adapter_model.bin")
+    if (place / "adapter_config.json").exists():
+        (copy / "adapter_config.json").write_bytes((place / "adapter_config.json").read_bytes())
+    return copy
+
+
+def _merged(adapter: Path, base: BaseCheckpoint | None, temporary: Path) -> Path:
+    return adapter if base is None else merge_adapter(adapter, base, temporary / "merged")
+
+
+def _merge(place: str, temporary: Path, base: BaseCheckpoint | None) -> Path:
     """verl's merger writes bfloat16, whatever the shards hold; it does not say so, hence the command does."""
     if find_spec("verl") is None:
         raise IngestError("these are verl's shards, which verl merges: pip install 'relex-verl[verl]'")
@@ -253,46 +173,68 @@ def _merge(place: str, temporary: Path) -> Path:
             f"shards of ranks {missing} of {size} are missing; copy them there, or use --steps to leave it out"
         )
     for (world, _), path in shards.items():
+        unreadable = why_unreadable(path)
+        if world == size and unreadable:
+            raise IngestError(unreadable)
         if world == size and not zipfile.is_zipfile(path):  # verl's own error names no file
-            raise IngestError(f"{path.name} is truncated or damaged: copy it again, or leave the step out")
+            raise IngestError(f"{path.name} is truncated or damaged: copy it again")
     command = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp"]
     command += ["--local_dir", place, "--target_dir", str(temporary), "--use_cpu_initialization"]
     # torch's own switch: overrules the weights_only=False in the merger.
     environment = {**os.environ, "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    # Of LoRA the merger writes the adapters there, and beside them, if at all, the base that they were trained on.
+    if (temporary / "lora_adapter" / "adapter_model.safetensors").exists():
+        try:
+            return _merged(temporary / "lora_adapter", base, temporary)
+        except AdapterError as error:
+            raise IngestError(f"its shards are of LoRA. {error}") from error
     if done.returncode or not any(temporary.glob("*.safetensors")):
         lines = [line for line in done.stderr.splitlines() if line.strip()] or ["no message"]
         raise IngestError(f"verl's model merger failed: {lines[-1].strip()}")
     return temporary
 
 
-def _download(place: str, temporary: Path) -> Path:
+def _download(place: str, temporary: Path, allow_pickle: bool) -> Path:
+    """A revision of a Hub repository, or a folder in one; not at all where it is in the cache."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    repo, _, rest = place.partition("@")
+    revision, _, folder = rest.partition(":")
+    patterns = [f"{folder}/{pattern}" if folder else pattern for pattern in HUB_FILES]
+    cached = _cached(repo, revision, patterns, folder)
+    if cached is not None:
+        return cached
+    inside = f"{folder}/" if folder else ""
+    files = HfApi(endpoint=endpoint()).list_repo_files(repo, revision=revision)
+    here = [file.removeprefix(inside) for file in files if file.startswith(inside)]
+    pickled = not any(file.endswith(".safetensors") and "/" not in file for file in here)
+    if pickled and not any(Path(file).match(PICKLED) for file in here):
+        raise IngestError("there are neither *.safetensors nor pytorch_model*.bin")
+    if pickled and not allow_pickle:
+        raise IngestError(
+            "is pickled (*.bin), and unpickling can run code: add --allow-pickle if you trust these files"
+        )
+    patterns += [f"{inside}{PICKLED}"] if pickled else []
+    snapshot_download(
+        repo, revision=revision, allow_patterns=patterns, local_dir=temporary, endpoint=endpoint(), max_workers=2
+    )
+    got = temporary / folder
+    return _unpickle(got, got) if pickled else got
+
+
+def _cached(repo: str, revision: str, patterns: list[str], folder: str) -> Path | None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    repo, revision = place.rsplit("@", 1)
     try:
-        cached = Path(snapshot_download(repo, revision=revision, allow_patterns=HUB_FILES, local_files_only=True))
-        BaseCheckpoint(cached)  # somebody may have fetched its config alone
-        return cached
-    except (LocalEntryNotFoundError, FileNotFoundError, SafetensorError):
-        pass
-    snapshot_download(
-        repo, revision=revision, allow_patterns=HUB_FILES, local_dir=temporary, endpoint=_endpoint(), max_workers=2
-    )
-    return temporary
+        there = snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=True)
+        BaseCheckpoint(Path(there) / folder)  # somebody may have fetched its config alone
+    except (LocalEntryNotFoundError, OSError, ValueError):
+        return None
+    return Path(there) / folder
 
 
-def is_full(error: BaseException) -> bool:
-    """Whether an error says that a disk is full; libraries and subprocesses wrap the system's error in their own."""
-    return (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or (
-        "No space left on device" in str(error)
-    )
-
-
-def _endpoint() -> str | None:
+def endpoint() -> str | None:
+    """Of the Hub, where the environment names one."""
     return os.environ.get("HF_ENDPOINT")
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -2,19 +2,20 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
-from relex_verl.offline.ingest.checkpoints import IngestError
-from relex_verl.trajectory.hf_checkpoint import INDEX_NAME, BaseCheckpoint
+from relex_verl.offline.ingest.adapters import check_not_peft
+from relex_verl.offline.ingest.errors import IngestError
+from relex_verl.offline.ingest.names import Named, Source, names_in, tied_by_class
+from relex_verl.trajectory.hf_checkpoint import FLOATS, INDEX_NAME, BaseCheckpoint
+from relex_verl.trajectory.shards import Placement
 
 __all__ = ["Checkpoint", "Layout", "check_same_origin", "check_tied"]
 
-FLOATS = ("BF16", "F16", "F32", "F64")
 TIED = "lm_head.weight"
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 # An RL run moves weights by 1e-4 to 1e-2 of their norm. What lies further away needs somebody who vouches for it.
@@ -37,20 +38,39 @@ class Checkpoint(BaseCheckpoint):
             IngestError: a file or tensor is missing, a file is truncated, or there is none.
         """
         self.called = called or str(folder)
+        self._sources: dict[str, Source] = {}
         try:
             super().__init__(folder)
-        except (SafetensorError, ValueError, KeyError, OSError) as error:
-            said = str(error).replace(f"{folder}/", "")
-            if isinstance(error, FileNotFoundError):
-                raise IngestError(f"{self.called}: a file is missing: {said}") from error
-            raise IngestError(
-                f"{self.called} is truncated or damaged ({said}): copy it again, or leave it out"
-            ) from error
+        except (ValueError, OSError) as error:
+            said = str(error).replace(f"{folder}/", "").replace(str(folder), "it")
+            missing = "a file is missing: " if isinstance(error, FileNotFoundError) else ""
+            raise IngestError(f"{self.called}: {missing}{said}") from error
+        self._theirs = self.entries
         if (folder / INDEX_NAME).exists():
             listed = json.loads((folder / INDEX_NAME).read_text())["weight_map"]
             lost = sorted(set(listed) - set(self.entries))
             if lost:
                 raise IngestError(f"{self.called}: {INDEX_NAME} lists {lost[0]}, which {listed[lost[0]]} does not hold")
+
+    def named(self, sources: Mapping[str, Source]) -> "Checkpoint":
+        """The same under the names of its base, as `names.names_in` finds them."""
+        self._sources = {name: source for name, source in sources.items() if source.parts != ((name, None),)}
+        first = {name: self._theirs[source.parts[0][0]] for name, source in sources.items()}
+        self.entries = {name: replace(first[name], shape=source.shape) for name, source in sources.items()}
+        return self
+
+    def read(self, name: str, placement: Placement | None = None) -> torch.Tensor:
+        """See `BaseCheckpoint.read`."""
+        if name not in self._sources:
+            return super().read(name, placement)
+        tensor = self._sources[name].read(lambda theirs: self._open[self._theirs[theirs].file].get_tensor(theirs))
+        return tensor if placement is None else placement.cut_out_of(tensor)
+
+    def reopened(self) -> "Checkpoint":
+        """See `BaseCheckpoint.reopened`."""
+        other = Checkpoint(self.folder, self.called)
+        other._sources, other.entries = self._sources, self.entries
+        return other
 
 
 @dataclass(frozen=True)
@@ -58,27 +78,53 @@ class Layout:
     """The observed tensors of a run.
 
     Attributes:
+        base: the base model.
         shapes: name -> shape, ascending names.
         dtypes: name -> type in the checkpoints, as safetensors spells it.
         aliases: tied name -> the observed name that it shares its elements with.
+        still: names that no training moves: whole numbers and quantised weights.
+        buffers: names that the checkpoints need not hold.
     """
 
+    base: Checkpoint
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
     aliases: dict[str, str]
+    still: list[str]
+    buffers: list[str]
 
     @classmethod
     def of(cls, base: Checkpoint, first: Checkpoint) -> "Layout":
-        """From the base and the run's first checkpoint.
+        """From the base and the run's first checkpoint, which is given the base's names.
 
         Raises:
             IngestError: they do not hold the same tensors.
         """
         aliases = _tied(base)
-        floats = [name for name, entry in base.entries.items() if entry.dtype in FLOATS and name not in aliases]
-        _check_names(set(floats), {name for name in first.entries if name not in aliases}, base, first)
-        shapes = {name: base.entries[name].shape for name in sorted(floats)}
-        return cls(shapes, {name: first.entries[name].dtype for name in shapes}, aliases)
+        floats = {name for name, entry in base.entries.items() if entry.dtype in FLOATS and name not in aliases}
+        still = [name for name, entry in base.entries.items() if entry.dtype not in FLOATS]
+        named = _checked_names(base, floats, first, aliases)
+        first.named(named.sources)
+        shapes = {name: base.entries[name].shape for name in sorted(floats - set(named.untouched))}
+        dtypes = {name: first.entries[name].dtype for name in shapes}
+        return cls(base, shapes, dtypes, aliases, still, named.untouched)
+
+    def find_in(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The same checkpoint under the base's names.
+
+        Raises:
+            IngestError: a tensor is missing, or has another shape or type.
+        """
+        wanted = set(self.shapes)
+        if not wanted <= set(checkpoint.entries):
+            named = names_in(self.base, wanted, checkpoint, self.aliases)
+            if named.missing:
+                raise IngestError(
+                    f"{checkpoint.called} lacks {named.missing[0]}: it is incomplete, or of another model"
+                )
+            checkpoint.named(named.sources)
+        self.check(checkpoint)
+        return checkpoint
 
     @property
     def exact_in_bf16(self) -> bool:
@@ -88,7 +134,7 @@ class Layout:
     @property
     def elements(self) -> int:
         """Parameters of the observed tensors."""
-        return sum(prod(shape) for shape in self.shapes.values())
+        return sum(map(prod, self.shapes.values()))
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Compare another checkpoint with this layout.
@@ -101,15 +147,54 @@ class Layout:
             if entry is None:
                 raise IngestError(f"{checkpoint.called} lacks {name}: it is incomplete, or of another model")
             if entry.shape != shape:
-                raise IngestError(
-                    f"{checkpoint.called}: {name} has shape {list(entry.shape)}, the base model {list(shape)}: "
-                    "give the --base that this run started from"
-                )
+                raise IngestError(f"{checkpoint.called}: {_other_shape(name, entry.shape, shape)}")
             if entry.dtype != self.dtypes[name]:
                 raise IngestError(
                     f"{checkpoint.called}: {name} is {entry.dtype}, in the first checkpoint {self.dtypes[name]}: "
                     "checkpoints of one run must have one type; convert them, or leave some out with --steps"
                 )
+            if entry.dtype not in FLOATS:
+                raise IngestError(
+                    f"{checkpoint.called}: {name} is quantised ({entry.dtype}), and {self.base.entries[name].dtype} in the "
+                    "base: give checkpoints that are not quantised"
+                )
+        for name in self.still:
+            entry = checkpoint.entries.get(name)
+            ours = self.base.entries[name]
+            if entry is not None and (entry.dtype, entry.shape) != (ours.dtype, ours.shape):
+                raise IngestError(
+                    f"{checkpoint.called}: {name} is {entry.dtype} {list(entry.shape)}, in the base {ours.dtype} "
+                    f"{list(ours.shape)}, which cannot be followed: give a --base that is not quantised"
+                )
+
+    def check_still(self, checkpoint: Checkpoint) -> None:
+        """What cannot be followed must not have moved: it is copied from the base.
+
+        Raises:
+            IngestError: it has.
+        """
+        for name in self.still:
+            if name in checkpoint.entries and not same_bits(checkpoint.read(name), self.base.read(name)):
+                kind = self.base.entries[name].dtype
+                raise IngestError(
+                    f"{checkpoint.called}: {name} differs from the base's, and is {kind}: only floating-point weights of 16 "
+                    "bits or more can be followed. Give checkpoints and a --base that are not quantised"
+                )
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one type and shape are the same; of types, too, that torch cannot compare."""
+    return torch.equal(*(tensor.contiguous().flatten().view(torch.uint8) for tensor in (one, other)))
+
+
+def _other_shape(name: str, theirs: Sequence[int], ours: Sequence[int]) -> str:
+    said = f"{name} has shape {list(theirs)}, the base model {list(ours)}"
+    if name.endswith((*EMBEDDINGS, TIED)) and theirs[1:] == ours[1:]:
+        return (
+            f"{said}: the vocabulary was resized. Resize the base in the same way "
+            f"(model.resize_token_embeddings({theirs[0]}), save_pretrained) and give that as --base"
+        )
+    return f"{said}: give the --base that this run started from"
 
 
 def _tied(base: BaseCheckpoint) -> dict[str, str]:
@@ -118,12 +203,16 @@ def _tied(base: BaseCheckpoint) -> dict[str, str]:
         content = json.loads(config.read_text()) if config.exists() else {}
     except ValueError as error:
         raise IngestError(f"{config} is damaged: {error}") from error
-    # As in transformers the top level decides. Where it is silent its class does: a head that is not stored is tied, and one
-    # that is stored can be followed by itself.
-    if not content.get("tie_word_embeddings", bool(content) and TIED not in base.entries):
-        return {}
     embeddings = [name for name in base.entries if name.endswith(EMBEDDINGS)]
-    return {TIED: embeddings[0]} if len(embeddings) == 1 else {}
+    if len(embeddings) != 1:
+        return {}
+    ties = {TIED: embeddings[0]}
+    if "tie_word_embeddings" in content:  # as in transformers the top level decides
+        return ties if content["tie_word_embeddings"] else {}
+    # Where it is silent its class does; and what is stored twice with different values is not tied.
+    if not content or (TIED not in base.entries):
+        return ties if content else {}
+    return ties if tied_by_class(base.folder) and same_bits(base.read(TIED), base.read(embeddings[0])) else {}
 
 
 def check_tied(checkpoint: Checkpoint, aliases: Mapping[str, str]) -> None:
@@ -140,15 +229,21 @@ def check_tied(checkpoint: Checkpoint, aliases: Mapping[str, str]) -> None:
             )
 
 
-def _check_names(wanted: set[str], there: set[str], base: Checkpoint, first: Checkpoint) -> None:
-    missing, unknown = sorted(wanted - there), sorted(there - set(base.entries))
-    if missing or unknown:
-        said = [f"lacks {missing[0]} of the base"] if missing else []
+def _checked_names(base: Checkpoint, wanted: set[str], first: Checkpoint, aliases: Mapping[str, str]) -> Named:
+    try:
+        check_not_peft(set(first.entries))
+    except ValueError as error:
+        raise IngestError(f"{first.called}: {error}") from error
+    named = names_in(base, wanted, first, aliases)
+    unknown = named.unknown
+    if named.missing or unknown:
+        said = [f"lacks {named.missing[0]} of the base"] if named.missing else []
         said += [f"holds {unknown[0]}, which the base does not"] if unknown else []
         raise IngestError(
-            f"{first.called} {' and '.join(said)} ({len(missing) + len(unknown)} such tensors): "
+            f"{first.called} {' and '.join(said)} ({len(named.missing) + len(unknown)} such tensors): "
             f"{base.folder} is not the model that this run started from"
         )
+    return named
 
 
 def check_same_origin(base: Checkpoint, checkpoint: Checkpoint, names: Sequence[str]) -> None:

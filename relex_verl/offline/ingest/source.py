@@ -19,20 +19,20 @@ PIECE = 2**20  # at a time: Linux cuts a larger request down to what its device 
 class CheckpointSource:
     """One checkpoint as a `ShardSource`: whole tensors, one at a time, memory-mapped, read from disk ahead of their use."""
 
-    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        self.folder, self.shapes = folder, shapes
+    def __init__(self, checkpoint: BaseCheckpoint, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.checkpoint, self.shapes = checkpoint, shapes
 
     def __iter__(self) -> Iterator[TensorShard]:
-        checkpoint, mapped = BaseCheckpoint(self.folder), 0
+        checkpoint, mapped = self.checkpoint.reopened(), 0
         with ThreadPoolExecutor(1) as background:
             ahead = _ReadAhead(background)
             for name, shape in self.shapes.items():
                 data = checkpoint.read(name).flatten()
-                ahead.use(self.folder / checkpoint.entries[name].file, data.nbytes)
+                ahead.use(checkpoint.folder / checkpoint.entries[name].file, data.nbytes)
                 mapped += data.nbytes
                 yield TensorShard(name, shape, whole(shape), data)
                 if mapped > RELEASE:
-                    checkpoint, mapped = BaseCheckpoint(self.folder), 0
+                    checkpoint, mapped = checkpoint.reopened(), 0
 
 
 class _ReadAhead:

@@ -1,0 +1,197 @@
+"""What would be silently wrong is refused by name, or right: moved integers, jumps, adapters, other bases and steps."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from finished import NORM, change, read, run, write_run
+from safetensors.torch import load_file, save_file
+
+from relex_verl.offline.ingest import IngestError, Options, find_checkpoints, ingest
+from relex_verl.pipeline.prediction import write_checkpoint
+from relex_verl.trajectory import replay
+from relex_verl.trajectory.index import TrajectoryError
+from relex_verl.trajectory.store import Trajectory
+
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def finished(tmp_path):
+    write_run(tmp_path)
+    return tmp_path
+
+
+def in_base(root, tensors):
+    """Tensors that the base and every checkpoint hold."""
+    for folder in (root / "base", *(root / "run").iterdir()):
+        path = folder / "model.safetensors"
+        save_file({**load_file(path), **tensors}, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float8_e4m3fn, torch.bool])
+def test_what_cannot_be_followed_must_not_move(finished, dtype):
+    in_base(finished, {"model.qweight": torch.ones(8).to(dtype)})
+    trajectory = run(finished, "still")
+    folder = write_checkpoint(trajectory, replay.states(trajectory, 9), finished / "checkout")
+    assert torch.equal(read(folder)["model.qweight"].float(), torch.ones(8))
+    change(finished, 5, lambda t: t.update({"model.qweight": torch.tensor([0.0] + [1.0] * 7).to(dtype)}))
+    with pytest.raises(IngestError, match=r"step 5 .*model\.qweight differs from the base's.*1-2 are kept"):
+        run(finished)
+    change(finished, 2, lambda t: t.update({"model.qweight": torch.ones(7).to(dtype)}))
+    with pytest.raises(IngestError, match=r"step 2 .*model\.qweight is .*\[7\], in the base .*\[8\]"):
+        run(finished, "other")
+
+
+@pytest.mark.parametrize("where", ["base", "checkpoints"])
+def test_a_weight_that_is_quantised_on_one_side(finished, where):
+    folders = [finished / "base"] if where == "base" else list((finished / "run").iterdir())
+    for folder in folders:
+        tensors = load_file(folder / "model.safetensors")
+        save_file({**tensors, UP: tensors[UP].to(torch.float8_e4m3fn)}, folder / "model.safetensors")
+    with pytest.raises(IngestError, match=f"{UP} is .*F8_E4M3.*not quantised"):
+        run(finished)
+
+
+def zeros_behind(tensors):
+    names = sorted(tensors)
+    for name in names[len(names) // 2 :]:
+        tensors[name].zero_()
+
+
+def half_of_one(tensors):
+    tensors[UP].view(-1)[tensors[UP].numel() // 2 :] = 0
+
+
+def of_another(tensors):
+    for tensor in tensors.values():
+        tensor.copy_(tensor[torch.randperm(len(tensor))])
+
+
+def trained_on(tensors):
+    for tensor in tensors.values():
+        tensor.add_(torch.randn_like(tensor) * 0.01)
+
+
+@pytest.mark.parametrize("spoil", [zeros_behind, half_of_one, of_another, trained_on])
+@pytest.mark.parametrize("step", [1, 5])
+def test_a_step_that_no_training_makes_is_refused(finished, spoil, step):
+    torch.manual_seed(0)
+    change(finished, step, spoil)
+    says = UP if spoil is half_of_one and step == 5 else r"away from"
+    with pytest.raises(IngestError, match=rf"step {step} .*{says}") as caught:
+        run(finished)
+    assert (finished / "trajectory").exists() == (step == 5)
+    if step == 5:
+        assert "--accept-jump" in str(caught.value)
+        assert not list(finished.rglob("step_000005*"))
+        assert Trajectory(finished / "trajectory").steps == [1, 2]
+        assert run(finished, options=Options(accept_jump=True)).steps == [1, 2, 5, 9]
+
+
+def test_a_run_in_which_nothing_moved_is_a_question(finished):
+    for folder in (finished / "run").iterdir():
+        shutil.copy(finished / "base/model.safetensors", folder)
+    with pytest.raises(IngestError, match=r"all 4 checkpoints are the base.*LoRA.*\?"):
+        run(finished)
+    assert not (finished / "trajectory").exists()
+
+
+def test_a_step_that_was_overwritten_since_is_not_kept(finished):
+    run(finished)
+    change(finished, 2, lambda t: t[UP].add_(1e-3))
+    with pytest.raises(IngestError, match=r"step 2 .*was overwritten since it was recorded"):
+        run(finished)
+
+
+def test_steps_that_are_not_there_are_not_left_out(finished):
+    for steps, says in (("1,3", "step 3 not found"), ("1-20", "steps up to 20 not found"), ("1,6-8", "6-8 not found")):
+        with pytest.raises(IngestError, match=f"{says}; the steps found are 1, 2, 5, 9"):
+            run(finished, steps=steps)
+
+
+def test_the_base_is_known_again(finished):
+    trajectory = run(finished)
+    shutil.copytree(finished / "base", finished / "moved")
+    change_base(finished / "base", lambda t: t[UP].view(-1)[:100].add_(1.0))
+    for use in (lambda t: write_checkpoint(t, replay.states(t, 9), finished / "c"), lambda t: t.base()):
+        with pytest.raises(
+            TrajectoryError, match=r"is not the base model of .* any more: its weights are others.*--base"
+        ):
+            use(Trajectory(finished / "trajectory"))
+    with pytest.raises(IngestError, match="has changed since"):
+        run(finished)
+    change_base(finished / "base", lambda t: t.update({NORM: torch.ones(3)}))
+    with pytest.raises(TrajectoryError, match=rf"{NORM} was \[128\], and is \[3\]"):
+        Trajectory(finished / "trajectory").base()
+    shutil.rmtree(finished / "base")
+    with pytest.raises(TrajectoryError, match=r"cannot be read.*--base"):
+        Trajectory(finished / "trajectory").base()
+    opened = Trajectory(finished / "trajectory", base=finished / "moved")
+    folder = write_checkpoint(opened, replay.states(opened, 9), finished / "c")
+    assert all(torch.equal(one, read(finished / "run/global_step_9")[name]) for name, one in read(folder).items())
+    again = ingest(str(finished / "moved"), find_checkpoints(finished / "run"), "the run", finished / "trajectory")
+    assert again.index.base_model == str(finished / "moved")
+    assert trajectory.steps == again.steps
+
+
+def change_base(folder, how):
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    how(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+# ---------------------------------------------------------------- LoRA
+
+
+def adapters(root, step, base, config=True, name="adapter_model.safetensors", infix="", **more):
+    folder = root / "run" / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    up, down = torch.randn(192, 4) * 1e-4 * step, torch.randn(4, 128, generator=torch.Generator().manual_seed(1))
+    stem = f"base_model.model.{UP.removesuffix('.weight')}"
+    tensors = {f"{stem}.lora_A{infix}.weight": down, f"{stem}.lora_B{infix}.weight": up, **more}
+    save_file(tensors, folder / name) if name.endswith("safetensors") else torch.save(tensors, folder / name)
+    if config:
+        said = {"peft_type": "LORA", "r": 4, "lora_alpha": 8} | (config if isinstance(config, dict) else {})
+        (folder / "adapter_config.json").write_text(json.dumps(said))
+    return base[UP].float() + 2 * (up @ down)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_adapters_are_followed_merged_into_the_base(finished, name):
+    shutil.rmtree(finished / "run")
+    base = read(finished / "base")
+    true = {step: adapters(finished, step, base, name=name, infix=".default") for step in (1, 2, 5)}
+    if name.endswith("bin"):
+        with pytest.raises(IngestError, match="is pickled"):
+            run(finished)
+    trajectory = run(finished, options=Options(quantization="none", allow_pickle=name.endswith("bin")))
+    for step, weight in true.items():
+        for shard in replay.states(trajectory, step):
+            wanted = weight if shard.name == UP else base[shard.name].float()
+            assert torch.allclose(shard.data.float(), wanted.flatten(), atol=1e-7), (step, shard.name)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"config": False}, "without adapter_config.json"),
+        ({"config": {"lora_alpha": 0}}, "lora_alpha=0"),
+        ({"config": {"use_dora": True}}, "use_dora"),
+        ({"base_model.model.lm_head.weight": torch.ones(2)}, "holds base_model.model.lm_head.weight besides"),
+        ({"base_model.model.x.lora_A.weight": torch.ones(4, 2)}, r"has no x\.weight"),
+    ],
+)
+def test_adapters_that_cannot_be_followed(finished, more, says):
+    shutil.rmtree(finished / "run")
+    adapters(finished, 1, read(finished / "base"), **more)
+    with pytest.raises(IngestError, match=rf"step 1 .*{says}"):
+        run(finished)
+    assert [path.name for path in finished.iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_model_with_adapters_inside_is_told_from_another_model(finished):
+    change(finished, 1, lambda t: t.update({"base_model.model.x.lora_A.default.weight": torch.ones(2)}))
+    with pytest.raises(IngestError, match=r"LoRA adapters inside the model .*merge_and_unload"):
+        run(finished)
