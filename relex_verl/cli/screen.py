@@ -101,11 +101,11 @@ def _in_words(error: OSError) -> str:
     """An error of the system as a sentence, without its number."""
     place = f"{error.filename}: " if error.filename is not None else ""
     cure = {
-        errno.ENOSPC: "no space left on the device: make room there, or give another --out",
-        errno.EDQUOT: "the disk quota is used up: make room there, or give another --out",
-        errno.EACCES: "this user may not read or write it: chmod it, or give another place",
-        errno.EROFS: "the file system is read-only: give another place",
-        errno.ENOTDIR: "a part of it is a file: give a folder",
-        errno.EEXIST: "is there already, as a file: give a folder",
+        errno.ENOSPC: ": make room there, or give another --out",
+        errno.EDQUOT: ": make room there, or give another --out",
+        errno.EACCES: ": this user may not read or write it, chmod it or give another place",
+        errno.EROFS: ": give another place",
+        errno.ENOTDIR: ": a part of it is a file, give a folder",
+        errno.EEXIST: ": give a folder that is none yet",
     }
-    return f"{place}{cure.get(error.errno or 0, error.strerror)}"
+    return f"{place}{error.strerror}{cure.get(error.errno or 0, '')}"

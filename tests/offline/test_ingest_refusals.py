@@ -195,3 +195,39 @@ def test_a_model_with_adapters_inside_is_told_from_another_model(finished):
     change(finished, 1, lambda t: t.update({"base_model.model.x.lora_A.default.weight": torch.ones(2)}))
     with pytest.raises(IngestError, match=r"LoRA adapters inside the model .*merge_and_unload"):
         run(finished)
+
+
+# ---------------------------------------------------------------- types
+
+
+BIAS = "model.layers.0.mlp.gate.e_score_correction_bias"
+
+
+@pytest.mark.parametrize("moves", [None, 5])
+def test_a_float32_tensor_among_bfloat16_ones(finished, moves):
+    """Where it never moves it is the base's, and the others are followed bit for bit; else all keep float32's digits."""
+    bias = 6.817 + 0.246 * torch.rand(256)
+    in_base(finished, {BIAS: bias})
+    if moves:
+        change(finished, moves, lambda t: t.update({BIAS: bias + 1e-3}))
+    trajectory = run(finished)
+    assert trajectory.index.encoding == ("fp32-int8" if moves else "bf16")
+    for step in (2, 9):
+        folder = write_checkpoint(trajectory, replay.states(trajectory, step), finished / f"checkout_{step}")
+        true, there = read(finished / f"run/global_step_{step}"), read(folder)
+        assert {name: one.dtype for name, one in there.items()} == {name: one.dtype for name, one in true.items()}
+        assert torch.allclose(there[BIAS], true[BIAS], atol=1e-5) if moves else torch.equal(there[BIAS], true[BIAS])
+        if not moves:
+            assert all(torch.equal(one, true[name]) for name, one in there.items())
+
+
+def test_one_that_moves_only_after_the_run_was_begun(finished):
+    bias = torch.rand(8)
+    in_base(finished, {BIAS: bias})
+    change(finished, 9, lambda t: t.update({BIAS: bias + 1e-3}))
+    shutil.move(finished / "run/global_step_9", finished / "later_9")
+    assert run(finished).index.encoding == "bf16"
+    shutil.move(finished / "later_9", finished / "run/global_step_9")
+    with pytest.raises(IngestError, match=rf"step 9 .*{BIAS} is F32.*--trajectory fp32"):
+        run(finished)
+    assert run(finished, "again", options=Options(trajectory="fp32")).steps == [1, 2, 5, 9]

@@ -83,7 +83,7 @@ def ingest(
     with ExitStack() as opened:
         folder = opened.enter_context(todo[0].opened(options.allow_pickle, workspace, base))
         first = Checkpoint(folder, todo[0].called)
-        layout = _common_layout(base, first, found, todo[0], options.allow_pickle)
+        layout = _common_layout(base, first, found, todo[0], options, begun)
         if begun is None and not options.any_base:
             check_same_origin(base, first, list(layout.shapes))
         kind = options.kind(layout, folder, begun.kind if begun else None)
@@ -170,25 +170,40 @@ def _rows(observer: Observer) -> RowCollector:
 
 
 def _common_layout(
-    base: Checkpoint, first: Checkpoint, found: Sequence[Found], opened: Found, allow_pickle: bool
+    base: Checkpoint,
+    first: Checkpoint,
+    found: Sequence[Found],
+    opened: Found,
+    options: Options,
+    begun: Trajectory | None,
 ) -> Layout:
     """Check all that headers tell before anything is written; what must be merged or downloaded is checked in its turn.
+
+    A few tensors of another type that never move (float32 router biases among bfloat16 weights) are not followed, so that
+    they do not decide how the others are: they are the base's.
 
     Args:
         base: the base model.
         first: the first checkpoint that is to be recorded, opened.
         found: all checkpoints.
         opened: which of them is `first`.
-        allow_pickle: whether some may need unpickling.
+        options: how to ingest.
+        begun: the steps before them.
     """
     layout = Layout.of(base, first)
     layout.check(first)
     check_tied(base, layout.aliases)
+    follows_all = options.trajectory == "fp32" or opened.kind in ("adapter", "verl")
+    unmoved = set() if follows_all else layout.unmoved(layout.wide, first)
     for entry in found:
-        entry.check_allowed(allow_pickle)
+        entry.check_allowed(options.allow_pickle)
         if entry.kind == "safetensors" and entry is not opened:
-            layout.find_in(Checkpoint(Path(entry.place), entry.called))
-    return layout
+            there = layout.find_in(Checkpoint(Path(entry.place), entry.called))
+            unmoved = layout.unmoved(unmoved, there)
+    if begun is not None:  # as it was decided then
+        return layout.without([name for name in layout.shapes if name not in begun.index.tensors])
+    rest = layout.without(sorted(unmoved))
+    return rest if unmoved and rest.exact_in_bf16 else layout
 
 
 def _in_words(error: BaseException, steps: Sequence[int], out: Path) -> BaseException:

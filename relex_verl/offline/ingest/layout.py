@@ -1,7 +1,7 @@
 """What the checkpoints of one run have in common with their base: names, shapes, types and tied tensors, from headers."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -22,6 +22,7 @@ EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embe
 FAR = 0.03
 SAMPLE = 2**22  # elements of each of the SAMPLED largest tensors
 SAMPLED = 8
+FEW = 0.25  # of all weights: so many may have another type than the others
 
 
 class Checkpoint(BaseCheckpoint):
@@ -82,7 +83,7 @@ class Layout:
         shapes: name -> shape, ascending names.
         dtypes: name -> type in the checkpoints, as safetensors spells it.
         aliases: tied name -> the observed name that it shares its elements with.
-        still: names that no training moves: whole numbers and quantised weights.
+        still: names that are not followed, and must not move: whole numbers, quantised weights, and those of `without`.
         buffers: names that the checkpoints need not hold.
     """
 
@@ -108,6 +109,23 @@ class Layout:
         shapes = {name: base.entries[name].shape for name in sorted(floats - set(named.untouched))}
         dtypes = {name: first.entries[name].dtype for name in shapes}
         return cls(base, shapes, dtypes, aliases, still, named.untouched)
+
+    @property
+    def wide(self) -> list[str]:
+        """Names of tensors with more digits than bfloat16, where most have not: router biases, old buffers."""
+        wide = [name for name, dtype in self.dtypes.items() if dtype != "BF16"]
+        few = sum(prod(self.shapes[name]) for name in wide) <= FEW * self.elements
+        return [name for name in wide if self.base.entries[name].dtype == self.dtypes[name]] if few else []
+
+    def without(self, names: Collection[str]) -> "Layout":
+        """The same, with some tensors that never move: copied from the base bit for bit, instead of followed."""
+        shapes = {name: shape for name, shape in self.shapes.items() if name not in names}
+        dtypes = {name: self.dtypes[name] for name in shapes}
+        return replace(self, shapes=shapes, dtypes=dtypes, still=[*self.still, *names])
+
+    def unmoved(self, names: Collection[str], checkpoint: Checkpoint) -> set[str]:
+        """Those of the names that are the base's in a checkpoint, bit for bit."""
+        return {name for name in names if same_bits(checkpoint.read(name), self.base.read(name))}
 
     def find_in(self, checkpoint: Checkpoint) -> Checkpoint:
         """The same checkpoint under the base's names.
@@ -176,6 +194,11 @@ class Layout:
         for name in self.still:
             if name in checkpoint.entries and not same_bits(checkpoint.read(name), self.base.read(name)):
                 kind = self.base.entries[name].dtype
+                if kind in FLOATS:
+                    raise IngestError(
+                        f"{checkpoint.called}: {name} is {kind}, and moves for the first time, in a run that is recorded "
+                        "as bfloat16: record it with --trajectory fp32, into a new --out"
+                    )
                 raise IngestError(
                     f"{checkpoint.called}: {name} differs from the base's, and is {kind}: only floating-point weights of 16 "
                     "bits or more can be followed. Give checkpoints and a --base that are not quantised"
