@@ -11,6 +11,7 @@ from relex_verl.maths.extrapolators import Prediction, fit_weights
 from relex_verl.maths.window import Window
 from relex_verl.pipeline.collectives import Collectives
 from relex_verl.trajectory import replay
+from relex_verl.trajectory.alone import remove_left_behind
 from relex_verl.trajectory.checkpoint_writer import CheckpointWriter
 from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
 from relex_verl.trajectory.kinds import Kind
@@ -171,14 +172,16 @@ def _written(
     provenance: Mapping[str, Any] | None,
     progress: Callable[[int], None],
 ) -> Path:
+    remove_left_behind(writer.folder.parent)
     try:
         writer.begin()
         for shard in shards:
             writer.write(shard)
             progress(shard.placement.numel)
         return writer.commit(provenance)
-    except BaseException:
-        shutil.rmtree(writer.partial, ignore_errors=True)  # nothing half-written stays
+    except BaseException as error:
+        if not isinstance(error, FileExistsError):  # another's
+            shutil.rmtree(writer.partial, ignore_errors=True)  # nothing half-written stays
         raise
 
 

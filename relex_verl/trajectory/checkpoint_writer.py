@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from relex_verl.trajectory.alone import hold, is_held
 from relex_verl.trajectory.files import header_bytes, reserve, write_json
 from relex_verl.trajectory.hf_checkpoint import FLOATS, INDEX_NAME, ITEM_SIZE, BaseCheckpoint
 from relex_verl.trajectory.shards import TensorShard
@@ -80,12 +81,23 @@ class CheckpointWriter:
         """Make the temporary folder with the files at their full size, headers and untouched tensors in place.
 
         Raises:
-            FileExistsError: the destination holds something else than a checkpoint that was written here.
+            FileExistsError: the destination holds something else than a checkpoint that was written here, or is being
+                written.
             OSError: no space left.
         """
         self._check_destination()
+        busy = FileExistsError(
+            f"{self.folder} is being written by another command: wait for it, or give another folder"
+        )
+        if self.partial.is_dir() and is_held(self.partial):
+            raise busy
         shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
+        self.partial.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.partial.mkdir()
+        except FileExistsError:
+            raise busy from None
+        hold(self.partial, self)
         for file, header in self._header.items():
             with open(self.partial / file, "wb") as stream:
                 stream.write(header)

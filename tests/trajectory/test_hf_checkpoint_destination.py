@@ -24,6 +24,9 @@ def test_a_crash_before_commit_leaves_no_destination_and_the_next_attempt_works(
     crashed.write(TensorShard(EMBEDDING, (50, 16), Placement((0,), (3,)), torch.ones(3, dtype=torch.bfloat16)))
     (crashed.partial / "left over").write_text("")
     assert not folder.exists()
+    with pytest.raises(FileExistsError, match="is being written by another command"):
+        write_whole(base, folder, values)
+    del crashed  # its process
     write_whole(base, folder, values)
     assert content(folder) == content(write_whole(base, tmp_path / "other", values))
     assert [path.name for path in folder.parent.iterdir()] == ["out"]

@@ -21,6 +21,7 @@ from relex_verl.offline.ingest.layout import Checkpoint, Layout, check_same_orig
 from relex_verl.offline.ingest.options import AS_IT_COMES, Options
 from relex_verl.offline.ingest.plausible import check_moved, check_plausible
 from relex_verl.offline.ingest.source import CheckpointSource
+from relex_verl.offline.ingest.temporary import alone_in
 from relex_verl.pipeline.observer import Observation, Observer
 from relex_verl.trajectory.collectors import RowCollector
 from relex_verl.trajectory.hf_checkpoint import resolve_model
@@ -72,14 +73,28 @@ def ingest(
     if Path(base_model).is_dir():
         base_model = str(Path(base_model).resolve())
     base = Checkpoint(resolve_model(base_model))
+    # Temporary copies lie beside the trajectory: there is room for checkpoints where a run's results go, rarely in /tmp.
+    workspace = next(folder for folder in out.resolve().parents if folder.is_dir())
+    with alone_in(workspace, out):
+        return _ingest(base_model, base, found, source, out, options, progress, workspace)
+
+
+def _ingest(
+    base_model: str,
+    base: Checkpoint,
+    found: Sequence[Found],
+    source: str,
+    out: Path,
+    options: Options,
+    progress: Callable[[Observation], None],
+    workspace: Path,
+) -> Trajectory:
     begun = begun_in(out, base_model, base, source, options)
     todo = still_to_do(found, begun.steps if begun else [], out)
     if begun:
         check_unchanged(begun, found)
     if begun and not todo:
         return begun
-    # Temporary copies lie beside the trajectory: there is room for checkpoints where a run's results go, rarely in /tmp.
-    workspace = next(folder for folder in out.resolve().parents if folder.is_dir())
     with ExitStack() as opened:
         folder = opened.enter_context(todo[0].opened(options.allow_pickle, workspace, base))
         first = Checkpoint(folder, todo[0].called)
