@@ -64,6 +64,11 @@ def ingest(
                 advance(1, f"step {seen.step}, {seen.changed_share:.2%} changed")
 
             recorded = ingest_checkpoints(base, found, source, out, options, progress)
+    others = sorted(file.name for file in recorded.files.glob("*"))
+    if others:
+        notes.print(
+            f"note: the run's {', '.join(others)} differ from the base's: predictions take the run's", highlight=False
+        )
     if as_json:
         facts = {"path": str(out), "encoding": recorded.index.encoding, "steps": recorded.steps}
         print_json({**facts, "added": list(changed), "changed_share": changed})

@@ -143,7 +143,7 @@ def write_checkpoint(
         progress: called with the number of elements of each shard written.
     """
     base, aliases, followed = trajectory.base(), trajectory.index.aliases, trajectory.kind.dtype
-    writer = CheckpointWriter(base, folder, set(trajectory.names), aliases, dtype, followed)
+    writer = CheckpointWriter(base, folder, set(trajectory.names), aliases, dtype, followed, trajectory.files)
     return _written(writer, shards, provenance, progress)
 
 

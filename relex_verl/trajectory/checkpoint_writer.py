@@ -43,6 +43,7 @@ class CheckpointWriter:
         aliases: Mapping[str, str],
         dtype: torch.dtype | None = None,
         followed: torch.dtype = torch.float32,
+        beside: Path | None = None,
     ) -> None:
         """Plan the files.
 
@@ -53,7 +54,9 @@ class CheckpointWriter:
             aliases: tied name -> the observed name that it shares its elements with.
             dtype: of all observed tensors; None for each one's own.
             followed: the type of the trajectory's states, see `BaseCheckpoint.in_own_type`.
+            beside: folder of files that take the place of the base's: configuration and tokenizer of the run.
         """
+        self._beside = beside
         self.dtype, self.followed = dtype, followed
         stored_as = next((name for name, known in FLOATS.items() if known == dtype), None)
         self.base, self.folder = base, folder.resolve()  # "." has no name, and a link is not what to replace
@@ -112,6 +115,8 @@ class CheckpointWriter:
                 shutil.copyfile(source, self.partial / source.name)  # not its mode: ours follow the umask
             elif source.is_dir() and source.name in FOLDERS:
                 shutil.copytree(source, self.partial / source.name, copy_function=shutil.copyfile)
+        for source in self._beside.iterdir() if self._beside is not None and self._beside.is_dir() else ():
+            shutil.copyfile(source, self.partial / source.name)
         if self.dtype is not None:
             _declare_dtype(self.partial / "config.json", self.dtype)
         self._write_index()

@@ -3,6 +3,7 @@
     trajectory/
       index.json                     schema, base model, kind, tensors, and the windows: origin and committed steps
       adapter/                       of LoRA only: the adapters before the first step, as PEFT writes them
+      files/                         of a finished run: its configuration and tokenizer, where they differ from the base's
       window_000/rank_00000/         a folder for each window, in it one for each rank:
         placements.json              which elements of which tensors this rank holds
         origin.safetensors           theta_0, only when it is not the base model
@@ -50,7 +51,7 @@ __all__ = ["ADAPTER_FOLDER", "Trajectory", "TrajectoryError"]
 
 # Files of a sketch that are kept.
 KEPT_SKETCHES = 2
-ADAPTER_FOLDER = "adapter"
+ADAPTER_FOLDER, FILES_FOLDER = "adapter", "files"
 
 
 class Trajectory:
@@ -192,6 +193,11 @@ class Trajectory:
     def base_model(self) -> BaseCheckpoint:
         """The base model, of whatever kind of trajectory; TrajectoryError where it is not there or has changed."""
         return opened_base(self.folder, self.index)
+
+    @property
+    def files(self) -> Path:
+        """Folder of files that take the place of the base's in what is written; there only where some differ."""
+        return self.folder / FILES_FOLDER
 
     @property
     def kind(self) -> Kind:

@@ -19,6 +19,7 @@ from relex_verl.offline.ingest.finding import checkpoints_in, find_checkpoints, 
 from relex_verl.offline.ingest.going_on import begun_in, check_unchanged, still_to_do
 from relex_verl.offline.ingest.layout import Checkpoint, Layout, check_same_origin, check_tied
 from relex_verl.offline.ingest.options import AS_IT_COMES, Options
+from relex_verl.offline.ingest.other_files import keep_differing
 from relex_verl.offline.ingest.plausible import check_moved, check_plausible
 from relex_verl.offline.ingest.source import CheckpointSource
 from relex_verl.offline.ingest.temporary import alone_in
@@ -121,6 +122,8 @@ def _ingest(
                 seen = _observe(observer, entry, checkpoint, layout, None if options.accept_jump else norm_L)
                 progress(seen)
             check_moved(observer.steps, _increments(observer))
+            for place in (Path(todo[-1].place), Path(todo[-1].place) / "huggingface", folder):
+                keep_differing(base.folder, place, observer.trajectory.files)
     return observer.trajectory
 
 
