@@ -25,6 +25,10 @@ COMMANDS = {
         "stored",
         "Show what a trajectory holds and how straight it is, beside what a pure random walk would show.",
     ),
+    "verify": (
+        "verifying",
+        "Read every file of a trajectory and compare it with its checksum; exit status 1 where one is damaged.",
+    ),
     "checkout": ("stored", "Give back the Hugging Face checkpoint of an observed step, of whatever window."),
     "extrapolate": (
         "stored",

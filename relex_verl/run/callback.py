@@ -77,9 +77,10 @@ class RelexCallback:
         """Resolve cut and targets; called before any worker starts.
 
         Raises:
-            ConfigError: they do not fit the run.
+            ConfigError: they do not fit the run; another one that is alive writes into the output folder.
         """
         self._schedule = Schedule(self.config, total_steps)
+        self._output.hold()
 
     def on_model_ready(self, workers: Any) -> None:
         """Take theta_0, after the model is built and before a checkpoint is loaded.
@@ -88,15 +89,11 @@ class RelexCallback:
             RuntimeError, ValueError: the run is refused (memory, disk, an engine whose weights cannot be followed).
         """
         self._ranks = Ranks(workers)
-        setup = Setup(
-            config=self.config,
-            plans=self.schedule.plans,
-            predictions=0 if self.config.on_cut == "jump" else predictions_to_write(len(self.schedule.predictions)),
-            output_dir=self._output.path,
-            run=self._run,
-        )
+        jumps = self.config.on_cut == "jump"
+        predictions = 0 if jumps else predictions_to_write(len(self.schedule.predictions))
+        setup = Setup(self.config, self.schedule.plans, predictions, self._output.path, self._run)
         started: Started = self._ranks.ask_or_refuse("relex_start", setup)
-        if started.reason is not None and self.config.on_cut == "jump":
+        if started.reason is not None and jumps:
             raise ConfigError("relex.on_cut", "jump", f"a jump sets float32 master weights, and {started.reason}")
         if started.reason is not None:
             fallen = started.kind != self.config.kind.name

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import platform
 import shutil
 import time
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from relex_verl.reporting.findings import CutReport, EarlierCut
 from relex_verl.reporting.records import RecordError, strict
 from relex_verl.run.config import ConfigError
 from relex_verl.run.validation import Validation
+from relex_verl.trajectory.alone import hold
 from relex_verl.trajectory.files import write_json
 from relex_verl.trajectory.index import TrajectoryError
 
@@ -52,6 +54,23 @@ class OutputFolder:
         return folder
 
     # Whose it is
+
+    def hold(self) -> None:
+        """Keep the runs of other processes out for as long as this one lives; what a killed run held is nobody's.
+
+        Raises:
+            ConfigError: another run that is alive writes there.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock, this = self.path / ".lock", f"process {os.getpid()} on {platform.node()}"
+        lock.touch()
+        owner = lock.read_text().strip()
+        if hold(lock, self):
+            lock.write_text(f"{this}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        elif not owner.startswith(f"{this},"):
+            cure = "give this run its own relex.output_dir, or end the other"
+            said = f"another run writes there ({owner or 'it does not say which'}): {cure}"
+            raise ConfigError("relex.output_dir", str(self.path), said)
 
     def claim(self, run: Mapping[str, Any], resume_mode: str) -> None:
         """Make room for a run that starts at step 0, without losing what another one left here.

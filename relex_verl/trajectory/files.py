@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 import torch
 from safetensors.torch import save_file
 
+from relex_verl.trajectory.checksum import KEY, checksum
+
 __all__ = ["header_bytes", "reserve", "save_tensors", "stream_tensors", "write_json"]
 
 # How safetensors spells what is kept of an optimizer.
@@ -31,7 +33,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file to a temporary name, then rename; a full disk keeps no half of it.
+    """Write a safetensors file, with its checksum, to a temporary name, then rename; a full disk keeps no half of it.
 
     Args:
         path: its name.
@@ -39,7 +41,8 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(whole, temporary, {"format": "pt", KEY: checksum(whole)})
         temporary.chmod(0o666 & ~UMASK)  # safetensors 0.8 lets nobody else read what it writes
     except BaseException:
         temporary.unlink(missing_ok=True)

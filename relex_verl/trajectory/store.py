@@ -47,7 +47,7 @@ from relex_verl.trajectory.origin import Origin
 from relex_verl.trajectory.shards import Placement
 from relex_verl.trajectory.windows import check_windows
 
-__all__ = ["ADAPTER_FOLDER", "Trajectory", "TrajectoryError"]
+__all__ = ["ADAPTER_FOLDER", "FILES_FOLDER", "Trajectory", "TrajectoryError"]
 
 # Files of a sketch that are kept.
 KEPT_SKETCHES = 2
@@ -129,7 +129,7 @@ class Trajectory:
 
     def declare_rank(self, rank: int, placements: Mapping[str, Placement], origin: torch.Tensor | None) -> None:
         """Record which elements a rank holds and, when the base model is not theta_0, its part of theta_0, end to end."""
-        folder = self._rank_folder(rank)
+        folder = self.rank_folder(rank)
         folder.mkdir(parents=True, exist_ok=True)
         if origin is not None:
             save_tensors(folder / "origin.safetensors", {"origin": origin})
@@ -140,7 +140,7 @@ class Trajectory:
 
     def append(self, rank: int, step: int, packed: PackedStep[Any]) -> None:
         """Write a rank's file of a step. It counts from `commit` on."""
-        save_tensors(self._step_file(rank, step), packed.arrays)
+        save_tensors(self.step_file(rank, step), packed.arrays)
 
     # What all ranks know, and one of them writes
 
@@ -161,7 +161,7 @@ class Trajectory:
     def delete(self, rank: int, steps: Sequence[int]) -> None:
         """Delete a rank's files of steps that do not count any more."""
         for step in steps:
-            self._step_file(rank, step).unlink(missing_ok=True)
+            self.step_file(rank, step).unlink(missing_ok=True)
 
     # Reading
 
@@ -186,8 +186,7 @@ class Trajectory:
         return list(self.index.tensors)
 
     def base(self) -> BaseCheckpoint:
-        """What theta_0 is read from and checkpoints are laid out like: the base model, of LoRA the adapters before the
-        first step."""
+        """What checkpoints are laid out like: the base model, of LoRA the adapters before the first step."""
         return BaseCheckpoint(self.folder / ADAPTER_FOLDER) if self.index.adapters else self.base_model()
 
     def base_model(self) -> BaseCheckpoint:
@@ -223,7 +222,7 @@ class Trajectory:
         Raises:
             TrajectoryError: the rank's folder is missing, or damaged.
         """
-        path = self._rank_folder(rank) / "placements.json"
+        path = self.rank_folder(rank) / "placements.json"
         if not path.exists():
             raise TrajectoryError(f"{path} is missing: this trajectory was written by {self.index.world_size} ranks")
         try:
@@ -238,7 +237,7 @@ class Trajectory:
         Raises:
             TrajectoryError: missing or damaged.
         """
-        path = self._step_file(rank, step)
+        path = self.step_file(rank, step)
         try:
             with safe_open(path, framework="pt") as handle:
                 arrays = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
@@ -252,7 +251,7 @@ class Trajectory:
         Raises:
             TrajectoryError: missing or damaged.
         """
-        path = self._step_file(rank, step)
+        path = self.step_file(rank, step)
         try:
             return StoredStep(self.kind.part, path)
         except Exception as error:
@@ -278,7 +277,7 @@ class Trajectory:
 
     def origin(self, rank: int, base: BaseCheckpoint, placements: Mapping[str, Placement]) -> Origin:
         """A rank's part of theta_0."""
-        stored = None if self.record.origin == "base" else self._rank_folder(rank) / "origin.safetensors"
+        stored = None if self.record.origin == "base" else self.rank_folder(rank) / "origin.safetensors"
         return Origin(base, placements, stored, self.kind.dtype)
 
     @property
@@ -292,8 +291,10 @@ class Trajectory:
             raise TrajectoryError(f"{self.folder} has {windows} windows, numbered from 0: there is no window {window}")
         return range(windows)[window]
 
-    def _step_file(self, rank: int, step: int) -> Path:
-        return self._rank_folder(rank) / f"step_{step:06d}.safetensors"
+    def step_file(self, rank: int, step: int) -> Path:
+        """Of a rank."""
+        return self.rank_folder(rank) / f"step_{step:06d}.safetensors"
 
-    def _rank_folder(self, rank: int) -> Path:
+    def rank_folder(self, rank: int) -> Path:
+        """What a rank has written."""
         return self.folder / self.record.folder / f"rank_{rank:05d}"

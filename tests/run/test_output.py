@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,27 @@ def test_an_empty_folder_is_anyones(tmp_path: Path) -> None:
     OutputFolder(tmp_path / "new").claim(RUN, "auto")
     OutputFolder(tmp_path).claim(RUN, "disable")
     assert list(tmp_path.iterdir()) == []
+
+
+HOLDER = (
+    "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); sys.stdin.read()"
+)
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    """Across processes; the one that comes second is told who was first, and a killed one keeps nobody out."""
+    (tmp_path / ".lock").write_text("process 7 on node-3, since yesterday\n")
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(ConfigError, match=r"output_dir=.*another run writes there \(process 7 on node-3.*end the"):
+            OutputFolder(tmp_path).hold()
+        other.kill()
+    first = OutputFolder(tmp_path)
+    first.hold()
+    assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
+    OutputFolder(tmp_path).hold()  # this process is one run
 
 
 @pytest.mark.parametrize(
