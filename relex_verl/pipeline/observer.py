@@ -98,8 +98,12 @@ class Observer:
             states = self._states.split(sizes)
             held = {name: Held(*where, state) for (name, where), state in zip(mine.items(), states, strict=True)}
             self.collector.begin(held, len(self.shapes))
+            dtypes = set()
             for _, shard_held, data in counted(shards, self.held):
                 shard_held.state.copy_(data)
+                dtypes |= {data.dtype} if data.device.type == "cpu" else set()
+            for dtype in dtypes:
+                self.collector.warm_up(dtype)
             self.stored_L = torch.zeros(len(self.shapes), dtype=torch.float64)
 
     def open(self, step: int) -> None:

@@ -13,6 +13,7 @@ import torch
 from relex_verl.maths.extrapolators import METHODS, Prediction, increment_coefficients
 from relex_verl.maths.sketch import SIZES, lift
 from relex_verl.trajectory.encodings import moments, quantized, sparse
+from relex_verl.trajectory.kernels import compiled
 
 __all__ = ["KINDS", "QUANTIZATIONS", "TRAJECTORIES", "Kind", "RowCodec", "kind_of"]
 
@@ -31,16 +32,19 @@ class RowCodec:
         encode: (state, new weights) -> increment; it has `changed`, the number of elements that changed.
         advance: (state, increment) -> None, in place.
         dots: (increments, numel, device) -> the new row of H, (t,).
+        take: (state, new weights, rows before, room) -> (increment, the new row of H, `changed`): the two at once.
         error_bound: (increment) -> how far an element of the state can be from the weights after it.
-        sizes: (elements of each shard) -> elements of each field of their increments together, where they are known.
+        sizes: (elements of each shard) -> elements of each field of their increments together and their type, where they
+            are known; `take` then fills room of that size.
     """
 
     anchor_is_last: bool
     encode: Callable[..., Any]
     advance: Callable[..., None]
     dots: Callable[..., torch.Tensor]
+    take: Callable[..., tuple[Any, torch.Tensor, int]]
     error_bound: Callable[..., float]
-    sizes: Callable[[Sequence[int]], dict[str, int]]
+    sizes: Callable[[Sequence[int]], dict[str, tuple[int, torch.dtype]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +64,7 @@ class Kind:
         state_bytes: host memory a parameter for the state that the next step is compared with.
         row_bytes: bytes a parameter for each row, given the share of bf16 weights that change; 0 for moments.
         fixed_bytes: bytes a parameter that do not depend on the number of rows; 0 where rows are kept.
+        add_row: (theta_0, new weights, moments, P_j of the row, change of basis) -> S S^T and |delta|^2, (r^2 + 1,).
         rows: how single rows are kept; None for a sketch, whose state and anchor are theta_0.
         size: r, moments kept (`maths.sketch`); 0 where rows are.
     """
@@ -77,6 +82,7 @@ class Kind:
     state_bytes: int = 4
     row_bytes: Callable[[float], float] = lambda change_rate: 0.0
     fixed_bytes: int = 0
+    add_row: Callable[..., torch.Tensor] | None = None
     rows: RowCodec | None = None
     size: int = 0
 
@@ -145,13 +151,14 @@ def _quantized(quantization: str) -> Kind:
         auto_rows=AUTO_ROWS,
         part=quantized.QuantizedIncrement,
         coefficients=_from_origin,
-        accumulate=quantized.accumulate,
+        accumulate=compiled(quantized.accumulate, "quantized"),
         row_bytes=lambda change_rate: row_bytes,
         rows=RowCodec(
             anchor_is_last=False,
             encode=partial(quantized.encode, bits=bits),
-            advance=quantized.advance,
+            advance=compiled(quantized.advance, "quantized"),
             dots=quantized.dots,
+            take=compiled(quantized.take, "quantized", bits=bits),
             error_bound=quantized.error_bound,
             sizes=partial(quantized.sizes, bits=bits),
         ),
@@ -164,7 +171,8 @@ def _sketch(size: int) -> Kind:
         trajectory="sketch",
         part=moments.Moment,
         coefficients=partial(_from_moments, size=size),
-        accumulate=moments.accumulate,
+        accumulate=compiled(moments.accumulate, "moments"),
+        add_row=compiled(moments.add_row, "moments"),
         fixed_bytes=4 * size,
         size=size,
     )
@@ -177,14 +185,15 @@ _BF16 = Kind(
     dtype=torch.bfloat16,
     part=sparse.SparseIncrement,
     coefficients=_from_last,
-    accumulate=sparse.accumulate,
+    accumulate=compiled(sparse.accumulate, "sparse"),
     state_bytes=2,
     row_bytes=lambda change_rate: 4 * change_rate,
     rows=RowCodec(
         anchor_is_last=True,
         encode=sparse.encode,
-        advance=sparse.advance,
+        advance=compiled(sparse.advance, "sparse"),
         dots=sparse.dots,
+        take=compiled(sparse.take, "sparse"),
         error_bound=lambda increment: 0.0,
         sizes=lambda numels: {},  # known when the changes are
     ),

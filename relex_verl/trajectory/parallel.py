@@ -1,15 +1,17 @@
 """Independent work on several processors, in the order in which it was given. torch lets go of the interpreter's lock."""
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import cache
 from typing import TypeVar
 
 import torch
 
-__all__ = ["all_processors", "in_order"]
+__all__ = ["all_processors", "in_order", "share"]
 
 MOST = 8  # each has the temporaries of a tensor in hand
 Item = TypeVar("Item")
@@ -49,3 +51,35 @@ def all_processors() -> Iterator[int]:
         yield min(MOST, len(os.sched_getaffinity(0)))
     finally:
         torch.set_num_threads(before)
+
+
+def share(work: Callable[[int], Result], count: int) -> list[Result]:
+    """`work` of 0 .. count - 1, by as many threads as torch uses; who is free takes the next. It lets go of the lock.
+
+    Args:
+        work: of one number; an error in it is raised here.
+        count: of them.
+    """
+    threads = min(torch.get_num_threads(), len(os.sched_getaffinity(0)), count)
+    if threads <= 1:
+        return [work(i) for i in range(count)]
+    numbers, results = itertools.count(), [None] * count
+
+    def run() -> None:
+        while (i := next(numbers)) < count:
+            results[i] = work(i)  # type: ignore[call-overload]
+
+    others = [_pool(os.getpid()).submit(run) for _ in range(threads - 1)]
+    try:
+        run()
+    finally:
+        wait(others)  # after an error, too: they work on what the caller is about to let go of
+    for other in others:
+        other.result()
+    return results  # type: ignore[return-value]
+
+
+@cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Threads that wait for work; of the process: one that was forked has none of its parent's."""
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "relex")

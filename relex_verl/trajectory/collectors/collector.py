@@ -57,6 +57,9 @@ class Collector(Protocol):
     def begin(self, held: dict[str, Held], tensors: int) -> None:
         """Start a window with nothing: the shards of this rank at theta_0, and the number of tensors of all ranks."""
 
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """Compile what a step and a cut will run, after `begin`; the engine's weights are of this type, on the host."""
+
     def resume(self, trajectory: Trajectory, rank: int, step: int) -> None:
         """Go on after `begin` with what a trajectory holds of the window after `step`."""
 

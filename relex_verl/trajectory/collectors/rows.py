@@ -9,7 +9,8 @@ from relex_verl.maths.gram import append_row, delta_gram
 from relex_verl.maths.window import Window
 from relex_verl.trajectory import replay
 from relex_verl.trajectory.collectors.collector import Held, Taken
-from relex_verl.trajectory.encodings import PackedStep, Packing, StoredStep
+from relex_verl.trajectory.encodings import PackedStep, Packing, Row, StoredStep
+from relex_verl.trajectory.kernels import warm_up
 from relex_verl.trajectory.kinds import Kind
 from relex_verl.trajectory.parallel import in_order
 from relex_verl.trajectory.store import Trajectory
@@ -40,6 +41,19 @@ class RowCollector:
         self.held, self.steps, self.packed, self._taken = held, [], [], None
         self.increment_gram_LTT = torch.zeros(tensors, 0, 0, dtype=torch.float64)
 
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """See `Collector`."""
+
+        def work() -> None:
+            state, packing = torch.zeros(1, dtype=self.kind.dtype), Packing[Any](self.kind.part)
+            sizes = self.codec.sizes([1])
+            room = packing.room(sizes) if sizes else None
+            increment, _, _ = self.codec.take(state, torch.ones(1, dtype=dtype), [], room)
+            self.codec.advance(state, increment)
+            self.kind.accumulate(state, [increment], [1.0])
+
+        warm_up(sum(len(held.state) for held in self.held.values()), work)
+
     def resume(self, trajectory: Trajectory, rank: int, step: int) -> None:
         """See `Collector`."""
         self.steps = trajectory.steps_until(step)
@@ -54,17 +68,25 @@ class RowCollector:
         packing: Packing[Any] = Packing(self.kind.part, self.codec.sizes([len(h.state) for h in self.held.values()]))
         row_lT = torch.zeros(len(self.held), len(self.packed) + 1, dtype=torch.float64)
         changed_l = torch.zeros(len(self.held), dtype=torch.float64)
-        items = ((i, held, data, self.parts(i)) for i, held, data in shards)
-        for i, increment, row_T, changed in in_order(self._look, items, self.threads):
-            packing.add(increment)
+        for i, increment, row_T, changed in in_order(self._look, self._asked(packing, shards), self.threads):
+            if increment is not None:
+                packing.add(increment)
             row_lT[i], changed_l[i] = row_T, changed
         self._taken = packing.step(row_lT)
         return Taken(row_lT, changed_l, self._taken)
 
-    def _look(self, item: tuple[int, Held, torch.Tensor, list[Any]]) -> tuple[int, Any, torch.Tensor, int]:
-        i, held, data, before = item
-        increment = self.codec.encode(held.state, data)
-        return i, increment, self.codec.dots([*before, increment], len(held.state), data.device), increment.changed
+    def _asked(
+        self, packing: Packing[Any], shards: Iterator[tuple[int, Held, torch.Tensor]]
+    ) -> Iterator[tuple[int, Held, torch.Tensor, list[Row[Any]], Any]]:
+        for i, held, data in shards:
+            sizes = self.codec.sizes([len(held.state)])
+            yield i, held, data, [packed.row(i) for packed in self.packed], packing.room(sizes) if sizes else None
+
+    def _look(self, item: tuple[int, Held, torch.Tensor, list[Row[Any]], Any]) -> tuple[int, Any, torch.Tensor, int]:
+        """The increment is None where it was put into the room that there is for it."""
+        i, held, data, before, room = item
+        increment, row_T, changed = self.codec.take(held.state, data, before, room)
+        return i, None if room is not None else increment, row_T, changed
 
     def keep(self, step: int, figures_Lk: torch.Tensor) -> None:
         """See `Collector`."""

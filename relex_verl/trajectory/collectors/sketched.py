@@ -10,13 +10,11 @@ from relex_verl.maths.window import Window
 from relex_verl.trajectory import replay
 from relex_verl.trajectory.collectors.collector import Held, Taken
 from relex_verl.trajectory.encodings import PackedStep
+from relex_verl.trajectory.kernels import warm_up
 from relex_verl.trajectory.kinds import Kind
 from relex_verl.trajectory.store import Trajectory
 
 __all__ = ["SketchCollector"]
-
-# Elements of a moment at a time: the float32 change of so many weights (4 MiB) stays near the caches.
-CHUNK = 2**20
 
 
 class SketchCollector:
@@ -51,6 +49,18 @@ class SketchCollector:
         self._own_energy_lT = torch.zeros(len(held), 0, dtype=torch.float64)
         self._energy_LT = torch.zeros(tensors, 0, dtype=torch.float64)
 
+    def warm_up(self, dtype: torch.dtype) -> None:
+        """See `Collector`."""
+        assert self.kind.add_row is not None
+        add_row, size = self.kind.add_row, self.kind.size
+
+        def work() -> None:
+            origin, moments = torch.zeros(1), [self.kind.part(torch.zeros(1)) for _ in range(size)]
+            add_row(origin, torch.ones(1, dtype=dtype), moments, [1.0] * size, None)
+            self.kind.accumulate(origin, moments, [1.0] * size)
+
+        warm_up(sum(len(held.state) for held in self.held.values()), work)
+
     def resume(self, trajectory: Trajectory, rank: int, step: int) -> None:
         """See `Collector`."""
         self.steps, size = trajectory.steps_until(step), self.kind.size
@@ -73,9 +83,9 @@ class SketchCollector:
         change = rebase(before, length, size) if length != before else None
         weights = legendre([step], first, length, size)[0].tolist()
         figures_lk = torch.zeros(len(self.held), size**2 + 1, dtype=torch.float64)
+        assert self.kind.add_row is not None
         for i, held, data in shards:
-            moments = [part.value for part in self.parts(i)]
-            figures_lk[i] = _add_row(moments, held.state, data, weights, change)
+            figures_lk[i] = self.kind.add_row(held.state, data, self.parts(i), weights, change)
         self._own_gram_lrr = figures_lk[:, :-1].reshape(-1, size, size)
         self._own_energy_lT = torch.cat([self._own_energy_lT, figures_lk[:, -1:]], dim=1)
         return Taken(figures_lk, torch.full((len(self.held),), torch.nan, dtype=torch.float64), None)
@@ -111,43 +121,3 @@ class SketchCollector:
         """See `Collector`."""
         assert self._moments is not None
         return self._moments.bytes_of_tensors().double().view(-1, self.kind.size).sum(dim=1)
-
-
-def _add_row(
-    moments: list[torch.Tensor],
-    origin: torch.Tensor,
-    now: torch.Tensor,
-    weights: list[float],
-    change: torch.Tensor | None,
-) -> torch.Tensor:
-    """Add one row to the moments of a shard, in place; a piece at a time, so that memory is read and written once.
-
-    Args:
-        moments: r tensors (n,) float32 on the host.
-        origin: (n,) float32, theta_0.
-        now: (n,) the weights, on any device.
-        weights: P_j of the row.
-        change: (r, r) of `rebase`, when the interval has grown.
-
-    Returns:
-        (r^2 + 1,) float64: S S^T, and the square of the row's norm.
-
-    Raises:
-        ValueError: weights that are not finite.
-    """
-    size = len(moments)
-    gram_rr, square = torch.zeros(size, size, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for start in range(0, len(origin), CHUNK):
-        piece = slice(start, min(start + CHUNK, len(origin)))
-        delta = now[piece].to("cpu", torch.float32) - origin[piece]
-        if not delta.isfinite().all():
-            raise ValueError("weights are not finite (NaN or infinity): the training run itself has diverged")
-        block_rn = torch.stack([moment[piece] for moment in moments])
-        if change is not None:
-            block_rn = change.float() @ block_rn
-        for j, weight in enumerate(weights):
-            moments[j][piece] = block_rn[j].add_(delta, alpha=weight)
-        exact_rn, exact_n = block_rn.double(), delta.double()
-        gram_rr += exact_rn @ exact_rn.T
-        square += exact_n @ exact_n
-    return torch.cat([gram_rr.flatten(), square.view(1)])

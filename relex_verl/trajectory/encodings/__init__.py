@@ -3,6 +3,6 @@
 What is made of them stands in `trajectory.kinds`.
 """
 
-from relex_verl.trajectory.encodings.packed import PackedStep, Packing, StoredStep
+from relex_verl.trajectory.encodings.packed import PackedStep, Packing, Row, StoredStep
 
-__all__ = ["PackedStep", "Packing", "StoredStep"]
+__all__ = ["PackedStep", "Packing", "Row", "StoredStep"]

@@ -1,18 +1,26 @@
 """One step of a rank: the increments of all its tensors end to end in a few flat arrays."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
-__all__ = ["PackedStep", "Packing", "StoredStep"]
+__all__ = ["PackedStep", "Packing", "Row", "StoredStep"]
 
 Increment = TypeVar("Increment")
 # Bytes read from a step's file before it is mapped anew, so that its pages do not pile up in the memory of the process.
 RELEASE = 16 * 2**20
+
+
+def empty(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """(numel,) on the host, never written; by way of numpy, which asks the system for large pages: fewer faults."""
+    if not numel:
+        return torch.empty(0, dtype=dtype)
+    return torch.from_numpy(np.empty(numel * dtype.itemsize, np.uint8)).view(dtype)
 
 
 class PackedStep(Generic[Increment]):
@@ -27,7 +35,7 @@ class PackedStep(Generic[Increment]):
         self.kind, self.arrays = kind, dict(arrays)
         self._fields = [field.name for field in fields(kind)]  # type: ignore[arg-type]
         ends = self.arrays["sizes"].cumsum(0)
-        self._bounds = torch.cat([ends.new_zeros(1, len(self._fields)), ends]).tolist()
+        self.bounds = torch.cat([ends.new_zeros(1, len(self._fields)), ends]).numpy()
 
     @classmethod
     def pack(cls, kind: type[Any], increments: Iterable[Increment], gram_row: torch.Tensor) -> "PackedStep[Increment]":
@@ -45,8 +53,18 @@ class PackedStep(Generic[Increment]):
 
     def increment(self, tensor: int) -> Increment:
         """The increment of one tensor: views, no copy."""
-        begin, end = self._bounds[tensor], self._bounds[tensor + 1]
+        begin, end = self.bounds[tensor : tensor + 2].tolist()
         return self.kind(*(self.arrays[name][begin[i] : end[i]] for i, name in enumerate(self._fields)))
+
+    def row(self, tensor: int) -> "Row[Increment]":
+        """The increment of one tensor, not yet looked at."""
+        return Row(self, tensor)
+
+    @property
+    def layout(self) -> tuple[list[int], list[int]]:
+        """Address and item size of each field's array."""
+        arrays = [self.arrays[name] for name in self._fields]
+        return [array.data_ptr() for array in arrays], [array.itemsize for array in arrays]
 
     @property
     def nbytes(self) -> int:
@@ -59,15 +77,28 @@ class PackedStep(Generic[Increment]):
         return (self.arrays["sizes"] * items).sum(dim=1)
 
 
+@dataclass(frozen=True)
+class Row(Generic[Increment]):
+    """An increment by where it lies: naming one costs nothing, and a step looks at all rows of each of many tensors."""
+
+    step: PackedStep[Increment]
+    tensor: int
+
+    @property
+    def increment(self) -> Increment:
+        """Views, no copy."""
+        return self.step.increment(self.tensor)
+
+
 class Packing(Generic[Increment]):
     """Packs the increments of a step as they come, so that none lies in memory twice."""
 
-    def __init__(self, kind: type[Increment], expected: Mapping[str, int] | None = None) -> None:
+    def __init__(self, kind: type[Increment], expected: Mapping[str, tuple[int, torch.dtype]] | None = None) -> None:
         """Start empty.
 
         Args:
             kind: the dataclass of the increments.
-            expected: field -> elements of all increments together, as far as they are known.
+            expected: field -> elements of all increments together and their type, as far as they are known.
         """
         self.kind, self._expected = kind, dict(expected or {})
         self._fields = [field.name for field in fields(kind)]  # type: ignore[arg-type]
@@ -77,23 +108,34 @@ class Packing(Generic[Increment]):
 
     def add(self, increment: Increment) -> Increment:
         """Copy an increment behind the others; the copy, a view that holds until the next `add`."""
-        ends = dict(self._used)
-        for name in self._fields:
-            array: torch.Tensor = getattr(increment, name)
-            self._make_room(name, array)
-            ends[name] += array.numel()
-            self._buffers[name][self._used[name] : ends[name]] = array
-        copy = self.kind(*(self._buffers[name][self._used[name] : ends[name]] for name in self._fields))
-        self._sizes.append([ends[name] - self._used[name] for name in self._fields])
-        self._used = ends
+        arrays: dict[str, torch.Tensor] = {name: getattr(increment, name) for name in self._fields}
+        copy = self.room({name: (array.numel(), array.dtype) for name, array in arrays.items()})
+        for name, array in arrays.items():
+            getattr(copy, name).copy_(array)
         return copy
 
-    def _make_room(self, name: str, array: torch.Tensor) -> None:
-        needed, buffer = self._used[name] + array.numel(), self._buffers.get(name)
+    def room(self, sizes: Mapping[str, tuple[int, torch.dtype]]) -> Increment:
+        """Room for an increment behind the others, to be filled: views, which hold while no more than `expected` is added.
+
+        Args:
+            sizes: field -> elements and type.
+        """
+        ends = dict(self._used)
+        for name in self._fields:
+            numel, dtype = sizes[name]
+            self._make_room(name, numel, dtype)
+            ends[name] += numel
+        views = self.kind(*(self._buffers[name][self._used[name] : ends[name]] for name in self._fields))
+        self._sizes.append([ends[name] - self._used[name] for name in self._fields])
+        self._used = ends
+        return views
+
+    def _make_room(self, name: str, numel: int, dtype: torch.dtype) -> None:
+        needed, buffer = self._used[name] + numel, self._buffers.get(name)
         if buffer is None:
-            self._buffers[name] = array.new_empty(max(needed, self._expected.get(name, 0)))
+            self._buffers[name] = empty(max(needed, self._expected.get(name, (0, dtype))[0]), dtype)
         elif needed > buffer.numel():
-            self._buffers[name] = array.new_empty(max(needed, 2 * buffer.numel()))
+            self._buffers[name] = empty(max(needed, 2 * buffer.numel()), dtype)
             self._buffers[name][: self._used[name]] = buffer[: self._used[name]]
 
     def step(self, gram_row: torch.Tensor) -> PackedStep[Increment]:
@@ -128,11 +170,14 @@ class StoredStep(Generic[Increment]):
 
     def increment(self, tensor: int) -> Increment:
         """The increment of one tensor: views of the file."""
+        return self.row(tensor).increment
+
+    def row(self, tensor: int) -> "Row[Increment]":
+        """The increment of one tensor, not yet looked at; it holds on to its mapping."""
         if self._read > RELEASE:
             self._mapped, self._read = self._map(), 0
-        increment = self._mapped.increment(tensor)
         self._read += self._bytes[tensor]
-        return increment
+        return Row(self._mapped, tensor)
 
     def bytes_of_tensors(self) -> torch.Tensor:
         """Bytes of each tensor's increment, (L,) int64."""

@@ -12,11 +12,15 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["GROUP", "QuantizedIncrement", "accumulate", "advance", "dots", "encode", "error_bound", "sizes"]
+from relex_verl.maths.sums import in_lanes, tree
+from relex_verl.trajectory.encodings.packed import Row
+
+__all__ = ["GROUP", "QuantizedIncrement", "accumulate", "advance", "dots", "encode", "error_bound", "sizes", "take"]
 
 # Groups of 32 with 2-byte scales take as much room and are no more exact: Adam's changes have no tails.
 GROUP = 64
 LEVELS = {8: 127, 4: 7}  # largest code
+DTYPES = {8: torch.int8, 4: torch.uint8, 0: torch.float32}  # of what the codes lie in
 # Elements at a time. A multiple of GROUP, small so that what is expanded to float32 and float64 stays near the caches.
 CHUNK = 4096 * GROUP
 
@@ -36,7 +40,7 @@ class QuantizedIncrement:
     @property
     def bits(self) -> int:
         """Bits of a code; 0 for none."""
-        return {torch.int8: 8, torch.uint8: 4, torch.float32: 0}[self.code.dtype]
+        return next(bits for bits, dtype in DTYPES.items() if dtype == self.code.dtype)
 
     @property
     def changed(self) -> int:
@@ -98,7 +102,7 @@ def encode(state: torch.Tensor, new: torch.Tensor, bits: int = 8) -> QuantizedIn
         raise ValueError(
             f"need two flat shards, the old one float32; got {state.dtype} {[*state.shape]}, {[*new.shape]}"
         )
-    codes = [torch.empty(0, dtype={8: torch.int8, 4: torch.uint8, 0: torch.float32}[bits])]
+    codes = [torch.empty(0, dtype=DTYPES[bits])]
     scales = [torch.empty(0)]
     for start, stop in _chunks(len(new)):
         change = new[start:stop].float() - state[start:stop].to(new.device)
@@ -117,11 +121,11 @@ def encode(state: torch.Tensor, new: torch.Tensor, bits: int = 8) -> QuantizedIn
     return QuantizedIncrement(torch.cat(codes), torch.cat(scales))
 
 
-def sizes(numels: Sequence[int], bits: int = 8) -> dict[str, int]:
-    """Elements of each field of the increments of shards with so many weights, all together."""
+def sizes(numels: Sequence[int], bits: int = 8) -> dict[str, tuple[int, torch.dtype]]:
+    """Elements of each field of the increments of shards with so many weights, all together, and their types."""
     groups = sum(-(-numel // GROUP) for numel in numels)
     code = {8: GROUP * groups, 4: GROUP // 2 * groups, 0: sum(numels)}[bits]
-    return {"code": code, "scale": groups if bits else 0}
+    return {"code": (code, DTYPES[bits]), "scale": (groups if bits else 0, torch.float32)}
 
 
 def advance(state: torch.Tensor, increment: QuantizedIncrement) -> None:
@@ -138,7 +142,8 @@ def advance(state: torch.Tensor, increment: QuantizedIncrement) -> None:
 def dots(increments: Sequence[QuantizedIncrement], numel: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """The new row of H: inner products of the last increment with every one, itself included.
 
-    Within a group the products of codes are summed in float32, which is exact (64 * 127^2 < 2^24); the rest is float64.
+    Within a group the products of codes are summed in float32, which is exact (64 * 127^2 < 2^24); the rest is float64, in
+    the order of `maths.sums` within a chunk, and the chunks one after another.
 
     Args:
         increments: e_1 .. e_t of one shard.
@@ -149,20 +154,46 @@ def dots(increments: Sequence[QuantizedIncrement], numel: int, device: torch.dev
         (t,) float64 on the host.
     """
     device = torch.device(device)
-    exact = torch.float32 if increments[-1].bits else torch.float64
     row_T = torch.zeros(len(increments), dtype=torch.float64, device=device)
     for start, stop in _chunks(numel):
-        last = increments[-1].codes(start, stop, device).to(exact)
-        # One row at a time stays in the caches; a batched product of so small matrices is five times as slow.
-        products_Tg = torch.stack(
-            [(increment.codes(start, stop, device) * last).sum(dim=1) for increment in increments]
-        ).double()
-        if increments[-1].bits:
-            groups = slice(start // GROUP, -(-stop // GROUP))
-            scales_Tg = torch.stack([increment.scale[groups] for increment in increments]).to(device).double()
-            products_Tg *= scales_Tg * scales_Tg[-1]
-        row_T += products_Tg.sum(dim=1)
+        row_T += in_lanes(_group_products(increments, start, stop, device))
     return row_T.cpu()
+
+
+def _group_products(
+    increments: Sequence[QuantizedIncrement], start: int, stop: int, device: torch.device
+) -> torch.Tensor:
+    """Inner products with the last increment of each group within [start, stop), (t, g) float64."""
+    if not increments[-1].bits:
+        last = increments[-1].codes(start, stop, device).double()
+        return torch.stack([tree(increment.codes(start, stop, device) * last) for increment in increments])
+    last = increments[-1].codes(start, stop, device)
+    # One row at a time stays in the caches; a batched product of so small matrices is five times as slow.
+    products_Tg = torch.stack([(increment.codes(start, stop, device) * last).sum(dim=1) for increment in increments])
+    groups = slice(start // GROUP, -(-stop // GROUP))
+    scales_Tg = torch.stack([increment.scale[groups] for increment in increments]).to(device).double()
+    return products_Tg.double() * (scales_Tg * scales_Tg[-1])
+
+
+def take(
+    state: torch.Tensor,
+    new: torch.Tensor,
+    before: Sequence[Row[QuantizedIncrement]],
+    room: QuantizedIncrement,
+    bits: int = 8,
+) -> tuple[QuantizedIncrement, torch.Tensor, int]:
+    """A row: the increment, put into `room`; the new row of H, (t,) float64; elements whose change was not rounded to 0.
+
+    Args:
+        state, new, bits: see `encode`.
+        before: e_1 .. e_{t-1}.
+        room: of the `sizes` of this shard.
+    """
+    increment = encode(state, new, bits)
+    room.code.copy_(increment.code)
+    room.scale.copy_(increment.scale)
+    row_T = dots([*(row.increment for row in before), increment], len(state), new.device)
+    return room, row_T, increment.changed
 
 
 def accumulate(
@@ -191,7 +222,7 @@ def accumulate(
         state, total = begin.clone(), begin.clone()
         for increment, weight in zip(increments, weights, strict=True):
             state = increment.added_to(state, start, stop).float().double()  # as `advance` does
-            total.add_(state - begin, alpha=weight)
+            total += weight * (state - begin)  # `alpha` would round once or twice, as the processor has it
         predicted[start:stop] = total.to(dtype)
     return predicted
 

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["BLOCK", "SparseIncrement", "accumulate", "advance", "dots", "encode"]
+from relex_verl.trajectory.encodings.packed import Row
+
+__all__ = ["BLOCK", "SparseIncrement", "accumulate", "advance", "dots", "encode", "take"]
 
 BLOCK = 65_536
 # Work is done over this many elements at a time: its float64 scratch (32 MiB) stays near the caches, and no temporary
@@ -163,6 +165,8 @@ def _scratch(device: torch.device) -> torch.Tensor:
 def dots(increments: Sequence[SparseIncrement], numel: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """The new row of H: inner products of the last increment with every one, itself included.
 
+    In float64: within a block in the order of the entries, exceptions last, and the blocks one after another.
+
     Args:
         increments: e_1 .. e_t of one shard.
         numel: n, elements of the shard.
@@ -184,21 +188,39 @@ def dots(increments: Sequence[SparseIncrement], numel: int, device: torch.device
         now = torch.zeros(stop - start, dtype=torch.bool, device=device)
         now.index_fill_(0, position.long(), True)
         # Few elements change in both steps: only their products are formed.
-        step, positions, changes = _in_both(increments, now, start, stop)
-        lengths = torch.bincount(step, minlength=len(increments))
-        row_T += torch.segment_reduce(
-            dense.index_select(0, positions) * changes, "sum", lengths=lengths, initial=0, unsafe=True
-        )
+        segment, positions, changes = _in_both(increments, now, start, stop)
+        blocks = -(-(stop - start) // BLOCK)
+        lengths = torch.bincount(segment, minlength=len(increments) * blocks)
+        products = dense.index_select(0, positions) * changes
+        sums = torch.segment_reduce(products, "sum", lengths=lengths, initial=0, unsafe=True)
+        for block_T in sums.view(len(increments), blocks).unbind(1):
+            row_T += block_T
     return row_T.cpu()
+
+
+def take(
+    state: torch.Tensor, new: torch.Tensor, before: Sequence[Row[SparseIncrement]], room: None = None
+) -> tuple[SparseIncrement, torch.Tensor, int]:
+    """A row: the increment; the new row of H, (t,) float64; elements whose bits changed.
+
+    Args:
+        state, new: see `encode`.
+        before: e_1 .. e_{t-1}.
+        room: none; how much it will take is not known before.
+    """
+    increment = encode(state, new)
+    row_T = dots([*(row.increment for row in before), increment], len(state), new.device)
+    return increment, row_T, increment.changed
 
 
 def _in_both(
     increments: Sequence[SparseIncrement], now: torch.Tensor, start: int, stop: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The entries within [start, stop) of all increments at positions where `now` is true, increment by increment.
+    """The entries within [start, stop) of all increments at positions where `now` is true, block by block of each.
 
     Returns:
-        Number of the increment, position relative to start, exact change; regular entries before exceptions.
+        Number of the increment times that of the blocks, plus that of its block; position relative to start; exact change;
+        regular entries before exceptions.
     """
     device = now.device
     parts = [increment._within(start, stop) for increment in increments]
@@ -219,11 +241,11 @@ def _in_both(
     odd_hit = now.index_select(0, odd_position).nonzero().flatten()
     odd_ends = torch.tensor([positions.numel() for positions, _ in odd], device=device).cumsum(0)
     step = torch.cat([step, torch.searchsorted(odd_ends, odd_hit, right=True)])
-    step, order = step.sort(stable=True)
     odd_exact = torch.cat([exact for _, exact in odd]).to(device)
     position = torch.cat([position.index_select(0, hit), odd_position.index_select(0, odd_hit)])
     change = torch.cat([value.index_select(0, hit).double(), odd_exact.index_select(0, odd_hit)])
-    return step, position.index_select(0, order), change.index_select(0, order)
+    segment, order = (step * len(parts[0][0]) + position // BLOCK).sort(stable=True)
+    return segment, position.index_select(0, order), change.index_select(0, order)
 
 
 def accumulate(
@@ -248,7 +270,8 @@ def accumulate(
         total = last[start:stop].cpu().double()
         for increment, coefficient in zip(increments, coefficients, strict=True):
             position, change = increment.chunk(start, stop, total.device)
-            total.index_add_(0, position, change, alpha=coefficient)
+            # `alpha` would round once or twice, as the processor has it.
+            total.index_add_(0, position, coefficient * change)
         predicted[start:stop] = total.to(dtype)
     return predicted
 
