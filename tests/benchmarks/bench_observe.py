@@ -1,15 +1,19 @@
-"""What observing a step costs, against the floor: one read of the new and of the old shard.
+"""What observing a step costs, against floors: the bytes that must move, and one read of the new and of the old shard.
 
-    .venv/bin/python tests/benchmarks/bench_observe.py [--params 240e6] [--rows 16] [--change-rate 0.01] [--encoding NAME]
+    .venv/bin/python tests/benchmarks/bench_observe.py [--params 60e6] [--change-rate 0.01] [--encoding NAME]
+    .venv/bin/python tests/benchmarks/bench_observe.py --memory [--params 240e6] [--rows 16]
 
-Runs the product's own `Observer` in a process of its own for each encoding, and prints: the time of an observation
-(encoding, the new row of H, applying the change, the file, to a RAM disk where there is one) at the first and at the last
-row, as a ratio to reading both shards once in the same process; and the host memory that following takes for each
-parameter, at its peak and after the last row, beside what `relex_verl.run.budget` promises. Memory is anonymous memory above
-that of the weights themselves (pages of files are the system's); it is measured at two sizes, so that what the libraries
-and the allocator take once (100 to 150 MB) does not count. Ratios and bytes of one run; exits with 1 when the peak is more
-than promised and one byte for what a step has in hand, or memory after the last row for fp32-int8 more than
-4 + 1.1 x rows bytes.
+Runs the product's own `Observer` in a process of its own for each case. The first form prints how long an observation
+takes (encoding, the new row of H, applying the change, the file, to a RAM disk where there is one) at a few rows, as
+medians of `--tries` successive rows of its ratio to the *byte floor* of that row (`floors.py`), measured right after it,
+and to a read of both shards: by the clock, and in processor seconds, which a busy machine stretches less. Exits with 1
+where processor seconds are beyond the bounds of `CASES`.
+
+The second form prints the host memory that following takes for each parameter, at its peak and after the last row, beside
+what `relex_verl.run.budget` promises. Memory is anonymous memory above that of the weights themselves (pages of files are
+the system's); it is measured at two sizes, so that what the libraries and the allocator take once does not count. Exits with
+1 when the peak is more than promised and one byte for what a step has in hand, or memory after the last row for fp32-int8
+more than 4 + 1.1 x rows bytes.
 """
 
 import argparse
@@ -21,11 +25,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 
 import torch
+from floors import byte_floor, read_both
 from safetensors.torch import save_file
 
 from relex_verl.pipeline.observer import Observer
@@ -34,17 +40,22 @@ from relex_verl.trajectory.shards import TensorShard, whole
 
 # The largest single tensor of an 8B model is 8% of a rank's shard on 8 GPUs.
 TENSORS = 12
+# Encoding, the row to measure at, the most that it may take in byte floors.
+CASES = [
+    ("fp32-int8", 1, 2.5), ("fp32-int8", 16, 2.5), ("bf16", 1, 2.5), ("bf16", 75, 2.5),
+    ("fp32-int4", 1, 3.5), ("fp32-int4", 16, 3.5), ("sketch-4", 1, 3.5), ("sketch-4", 16, 3.5),
+]  # fmt: skip
 
 
 class Weights:
     """A rank's float32 weights, changed in place."""
 
-    def __init__(self, params: int) -> None:
+    def __init__(self, params: int, dtype: torch.dtype = torch.float32) -> None:
         generator = torch.Generator().manual_seed(0)
         size = params // TENSORS // 64 * 64
         self.tensors = {
             # Not rounded to bfloat16: a run's weights lie anywhere between two of its values.
-            f"layer_{i}.weight": torch.randn(size, generator=generator).mul_(0.02)
+            f"layer_{i}.weight": torch.randn(size, generator=generator).mul_(0.02).to(dtype)
             for i in range(TENSORS)
         }
         self.params = size * TENSORS
@@ -59,6 +70,19 @@ class Weights:
         for tensor in self.tensors.values():
             for piece in tensor.split(2**20):
                 piece += piece.abs() * 2**-8 * change_rate * torch.randn(piece.shape, generator=generator)
+
+    def leap(self, change_rate: float, seed: int) -> None:
+        """Like `step`, in a fraction of the time: all by the same noise; of bfloat16 weights some, by a place or two."""
+        generator = torch.Generator().manual_seed(seed)
+        if next(iter(self.tensors.values())).dtype == torch.bfloat16:
+            for tensor in self.tensors.values():
+                chosen = torch.randint(len(tensor), (int(len(tensor) * change_rate),), generator=generator)
+                tensor[chosen] *= 1 + 2**-7
+            return
+        noise = torch.randn(2**20, generator=generator).mul_(1e-6)
+        for tensor in self.tensors.values():
+            for piece in tensor.split(2**20):
+                piece += noise[: len(piece)]
 
 
 def anonymous() -> int:
@@ -93,73 +117,97 @@ def workplace() -> Iterator[Path]:
         yield Path(folder)
 
 
-def floor_seconds(shards: list[torch.Tensor]) -> float:
-    """Fastest of a few reads of both shards, as words: reading, not adding, is to cost."""
-    best = float("inf")
-    for _ in range(3):
-        begin = time.perf_counter()
-        for tensor in shards:
-            tensor.view(torch.int64).sum()
-        best = min(best, time.perf_counter() - begin)
-    return best
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds by the clock, and of all processors."""
+    begin = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - begin[0], time.process_time() - begin[1]
 
 
-def follow(name: str, weights: Weights, rows: int, change_rate: float) -> tuple[Observer, list[float], list[float]]:
-    """Observe so many steps: the observer, the seconds of each, and the shares that changed."""
+def time_rows(name: str, params: int, row: int, tries: int, change_rate: float) -> dict[str, float]:
+    """Observations from a row on: medians of seconds, and of their ratios to both floors."""
+    # What an engine hands out for a trajectory of its kind.
+    weights = Weights(params, torch.bfloat16 if name == "bf16" else torch.float32)
+    found: list[list[float]] = []
     with workplace() as folder:
         save_file({k: v.to(torch.bfloat16) for k, v in weights.tensors.items()}, folder / "model.safetensors")
         observer = Observer(folder / "trajectory", str(folder), {}, {}, KINDS[name])
         observer.start(weights)
         observer.open(0)
-        times, rates = [], []
+        for step in range(1, row + tries):
+            weights.leap(change_rate, step)
+            observed = timed(lambda step=step: observer.observe(step, weights))
+            if step >= row:
+                floor = timed(byte_floor(observer, weights.tensors, folder))
+                read = timed(read_both(observer, weights.tensors))
+                found.append([*observed, *floor, *read])
+    ratios = [[one[0] / one[2], one[1] / one[3], one[0] / one[4], one[1] / one[5]] for one in found]
+    keys = ("seconds", "processor", "floor", "floor_processor", "read", "read_processor", "x", "px", "reads", "preads")
+    return dict(
+        zip(keys, map(median, zip(*(a + b for a, b in zip(found, ratios, strict=True)), strict=True)), strict=True)
+    )
+
+
+def follow(name: str, weights: Weights, rows: int, change_rate: float) -> tuple[Observer, list[float]]:
+    """Observe so many steps: the observer, and the shares that changed."""
+    with workplace() as folder:
+        save_file({k: v.to(torch.bfloat16) for k, v in weights.tensors.items()}, folder / "model.safetensors")
+        observer = Observer(folder / "trajectory", str(folder), {}, {}, KINDS[name])
+        observer.start(weights)
+        observer.open(0)
+        rates = []
         for step in range(1, rows + 1):
             weights.step(change_rate, step)
-            begin = time.perf_counter()
             seen = observer.observe(step, weights)
-            times.append(time.perf_counter() - begin)
             rates.append(seen.changed_share if math.isfinite(seen.changed_share) else 0.0)
-    return observer, times, rates
+    return observer, rates
 
 
 def measure(name: str, params: int, rows: int, change_rate: float) -> dict[str, float]:
-    """Follow one run in this process: bytes above the weights, seconds, and shares that changed."""
+    """Follow one run in this process: bytes above the weights, and the share that changed."""
     follow(name, Weights(10**6), 2, change_rate)
     weights = Weights(params)
     before = anonymous()
     with Peak() as peak:
-        observer, times, rates = follow(name, weights, rows, change_rate)
+        _observer, rates = follow(name, weights, rows, change_rate)
     found = {"params": weights.params, "held": anonymous() - before, "peak": peak.most - before}
-    states = [one.state for one in observer.held.values()]
-    floor = floor_seconds([*states, *(tensor.to(states[0].dtype) for tensor in weights.tensors.values())])
     promised = KINDS[name].state_bytes + KINDS[name].fixed_bytes
     promised += sum(KINDS[name].row_bytes(rate) for rate in rates)
-    return {
-        **found,
-        "first": times[0],
-        "last": times[-1],
-        "floor": floor,
-        "promised": promised,
-        "rate": sum(rates) / rows,
-    }
+    return {**found, "promised": promised, "rate": sum(rates) / rows}
+
+
+def apart(options: list[str]) -> dict[str, float]:
+    """What this file prints as JSON in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, *options], stdout=subprocess.PIPE, text=True, check=True)
+    found: dict[str, float] = json.loads(done.stdout)
+    return found
+
+
+def against_floors(name: str, row: int, most: float, params: int, tries: int, change_rate: float) -> bool:
+    """Print a case's line; whether its processor seconds are within its bound."""
+    options = ["--row", str(row), "--tries", str(tries), "--params", str(params), "--change-rate", str(change_rate)]
+    seen = apart([*options, "--encoding", name])
+    print(
+        f"{name:10} row {row:3} | {seen['seconds'] * 1e3:6.0f} ms, floor {seen['floor'] * 1e3:5.0f}: {seen['x']:5.2f} x |"
+        f" processors {seen['processor'] * 1e3:6.0f} ms, floor {seen['floor_processor'] * 1e3:5.0f}: {seen['px']:5.2f} x,"
+        f" at most {most} | reads of both shards: {seen['reads']:5.1f}, of processors {seen['preads']:5.1f}",
+        flush=True,
+    )
+    return seen["px"] <= most
 
 
 def compare(name: str, params: int, rows: int, change_rate: float) -> bool:
     """Print an encoding's line from two sizes; whether memory kept within its bounds."""
 
-    def apart(size: int) -> dict[str, float]:
-        options = ["--params", str(size), "--rows", str(rows), "--change-rate", str(change_rate), "--encoding", name]
-        done = subprocess.run([sys.executable, __file__, *options], stdout=subprocess.PIPE, text=True, check=True)
-        return json.loads(done.stdout)
-
     # What is not compressed fits into the same memory with fewer weights.
     params = int(params * min(1, 24 / (KINDS[name].state_bytes + rows * KINDS[name].row_bytes(0.01))))
-    small, large = apart(params // 3), apart(params)
+    options = ["--memory", "--rows", str(rows), "--change-rate", str(change_rate), "--encoding", name]
+    small, large = (apart(["--params", str(size), *options]) for size in (params // 3, params))
     more = large["params"] - small["params"]
     held, peak = ((large[key] - small[key]) / more for key in ("held", "peak"))
-    floor, promised = large["floor"], large["promised"]
+    promised = large["promised"]
     print(
-        f"{name:10} floor {floor * 1e3:6.0f} ms | row 1: {large['first'] / floor:5.1f} x, row {rows}:"
-        f" {large['last'] / floor:5.1f} x | bytes a parameter: {held:5.2f} after the last row, {peak:5.2f} at the peak,"
+        f"{name:10} bytes a parameter: {held:5.2f} after the last row, {peak:5.2f} at the peak,"
         f" {promised:5.2f} promised | changed {large['rate']:6.2%}",
         flush=True,
     )
@@ -168,20 +216,31 @@ def compare(name: str, params: int, rows: int, change_rate: float) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--params", type=float, default=240e6, help="parameters of the shard")
-    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--params", type=float, help="parameters of the shard (60e6; 240e6 for memory)")
+    parser.add_argument("--memory", action="store_true", help="measure memory, not time")
+    parser.add_argument("--rows", type=int, default=16, help="with --memory: how many")
+    parser.add_argument("--tries", type=int, default=5, help="successive rows whose median is taken")
     parser.add_argument(
         "--change-rate", type=float, default=0.01, help="share of the bfloat16 weights that change a row"
     )
     parser.add_argument("--encoding", choices=list(KINDS), help="measure only this one, in this process; print JSON")
+    parser.add_argument("--row", type=int, default=1, help="with --encoding: the first row to measure")
     arguments = parser.parse_args()
-    params, rows, change_rate = int(arguments.params), arguments.rows, arguments.change_rate
-    if arguments.encoding:
+    params = int(arguments.params or (240e6 if arguments.memory else 60e6))
+    rows, change_rate = arguments.rows, arguments.change_rate
+    if arguments.encoding and arguments.memory:
         print(json.dumps(measure(arguments.encoding, params, rows, change_rate)))
         return 0
-    print(f"{arguments.params:.3g} parameters, {arguments.rows} rows, {torch.get_num_threads()} threads")
-    names = [name for name in KINDS if not name.startswith("sketch") or name == "sketch-4"]
-    kept = [compare(name, params, rows, change_rate) for name in names]
+    if arguments.encoding:
+        print(json.dumps(time_rows(arguments.encoding, params, arguments.row, arguments.tries, change_rate)))
+        return 0
+    load = os.getloadavg()[0]
+    print(f"{params:.3g} parameters, {torch.get_num_threads()} threads, load {load:.1f} of {os.cpu_count()} processors")
+    if arguments.memory:
+        names = [name for name in KINDS if not name.startswith("sketch") or name == "sketch-4"]
+        kept = [compare(name, params, rows, change_rate) for name in names]
+    else:
+        kept = [against_floors(*case, params, arguments.tries, change_rate) for case in CASES]
     return 0 if all(kept) else 1
 
 

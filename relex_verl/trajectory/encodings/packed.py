@@ -23,6 +23,12 @@ def empty(numel: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(np.empty(numel * dtype.itemsize, np.uint8)).view(dtype)
 
 
+def copy_over(there: torch.Tensor, array: torch.Tensor) -> None:
+    """Copy a flat array on the host by this thread alone: for torch's others to come and go takes longer."""
+    if array.numel():
+        np.copyto(there.view(torch.uint8).numpy(), array.contiguous().view(torch.uint8).numpy())
+
+
 class PackedStep(Generic[Increment]):
     """A dozen arrays instead of several for each of 10,000 tensors: small headers on disk, few objects in memory.
 
@@ -111,7 +117,7 @@ class Packing(Generic[Increment]):
         arrays: dict[str, torch.Tensor] = {name: getattr(increment, name) for name in self._fields}
         copy = self.room({name: (array.numel(), array.dtype) for name, array in arrays.items()})
         for name, array in arrays.items():
-            getattr(copy, name).copy_(array)
+            copy_over(getattr(copy, name), array)
         return copy
 
     def room(self, sizes: Mapping[str, tuple[int, torch.dtype]]) -> Increment:
@@ -136,7 +142,7 @@ class Packing(Generic[Increment]):
             self._buffers[name] = empty(max(needed, self._expected.get(name, (0, dtype))[0]), dtype)
         elif needed > buffer.numel():
             self._buffers[name] = empty(max(needed, 2 * buffer.numel()), dtype)
-            self._buffers[name][: self._used[name]] = buffer[: self._used[name]]
+            copy_over(self._buffers[name][: self._used[name]], buffer[: self._used[name]])
 
     def step(self, gram_row: torch.Tensor) -> PackedStep[Increment]:
         """What was added, with this rank's part of the new row of H, (L, t) float64.
@@ -150,7 +156,10 @@ class Packing(Generic[Increment]):
         for name in self._fields:
             buffer = self._buffers[name]
             # Room that was made and not needed would be kept for the whole run.
-            arrays[name] = buffer if buffer.numel() == self._used[name] else buffer[: self._used[name]].clone()
+            if buffer.numel() > self._used[name]:
+                buffer, whole = empty(self._used[name], buffer.dtype), buffer
+                copy_over(buffer, whole[: self._used[name]])
+            arrays[name] = buffer
         sizes = torch.tensor(self._sizes, dtype=torch.int64)
         return PackedStep(self.kind, {**arrays, "sizes": sizes, "gram_row": gram_row})
 

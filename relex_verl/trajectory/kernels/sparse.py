@@ -21,7 +21,7 @@ from relex_verl.trajectory.parallel import share
 __all__ = ["accumulate", "advance", "take"]
 
 BLOCKS = 8  # that a thread takes at a time
-WORD = 16  # weights that are compared together: few differ
+WORD = 4096  # weights that are compared in one go; where they differ is then looked at by sixteens
 COUNT, INDEX, VALUE, ODD_INDEX, ODD_OLD, ODD_NEW = range(6)  # columns of a table: the fields of an increment
 INFINITE = np.uint16(0x7F80)
 _LOCAL = threading.local()
@@ -167,43 +167,49 @@ def _rounded(word):
 
 
 @kernel
+def _compare(old, now, shift, differing):
+    for i in range(len(old)):
+        differing[i] = np.uint16(_rounded(np.uint32(np.uint32(now[i]) << shift)) ^ old[i])
+
+
+@kernel
 def _take(
     old, now, shift, table, starts, first, last, counts, sums, bits, dense, index, value, odd_index, odd_old, odd_new
 ):
     """Some blocks' entries, and their parts of the row of H into `sums`. How many are regular, and exceptions; -1: not
     finite."""
     kept = odd = 0
+    differing = np.zeros(WORD, np.uint16)
+    quarters = differing.view(np.uint64)
     for block in range(first, last):
         begin, end = block * BLOCK, min((block + 1) * BLOCK, len(old))
         kept_before, odd_before = kept, odd
         for start in range(begin, end, WORD):
             stop = min(start + WORD, end)
-            if stop == start + WORD:
-                differing = np.uint16(0)
-                for i in range(WORD):
-                    word = np.uint32(np.uint32(now[start + i]) << shift)
-                    differing |= np.uint16(_rounded(word) ^ old[start + i])
-                if not differing:
+            _compare(old[start:stop], now[start:stop], shift, differing)
+            for sixteen in range(-(-(stop - start) // 16)):
+                four = quarters[4 * sixteen : 4 * sixteen + 4]
+                if not (four[0] | four[1] | four[2] | four[3]):
                     continue
-            for i in range(start, stop):
-                after = _rounded(np.uint32(np.uint32(now[i]) << shift))
-                if after == old[i]:
-                    continue
-                if np.uint16(after & np.uint16(0x7FFF)) >= INFINITE:
-                    return -1, 0
-                change = _exact(after) - _exact(old[i])
-                rounded = _rounded(word_of(np.float32(change)))
-                exact = _exact(rounded)
-                # See `encodings.sparse._encode_chunk`.
-                replays = np.float32(np.float32(_exact(old[i])) + np.float32(exact)) == np.float32(_exact(after))
-                if exact == change and replays and exact != 0 and after != np.uint16(0x8000):
-                    index[kept], value[kept] = np.int16(i - begin), np.int16(rounded)
-                    kept += 1
-                else:
-                    odd_index[odd], odd_old[odd], odd_new[odd] = i, np.int16(old[i]), np.int16(after)
-                    odd += 1
-                dense[i - begin] = change
-                bits[(i - begin) >> 6] |= np.uint64(1) << np.uint64((i - begin) & 63)
+                for i in range(start + 16 * sixteen, min(start + 16 * sixteen + 16, stop)):
+                    if not differing[i - start]:
+                        continue
+                    after = np.uint16(differing[i - start] ^ old[i])
+                    if np.uint16(after & np.uint16(0x7FFF)) >= INFINITE:
+                        return -1, 0
+                    change = _exact(after) - _exact(old[i])
+                    rounded = _rounded(word_of(np.float32(change)))
+                    exact = _exact(rounded)
+                    # See `encodings.sparse._encode_chunk`.
+                    replays = np.float32(np.float32(_exact(old[i])) + np.float32(exact)) == np.float32(_exact(after))
+                    if exact == change and replays and exact != 0 and after != np.uint16(0x8000):
+                        index[kept], value[kept] = np.int16(i - begin), np.int16(rounded)
+                        kept += 1
+                    else:
+                        odd_index[odd], odd_old[odd], odd_new[odd] = i, np.int16(old[i]), np.int16(after)
+                        odd += 1
+                    dense[i - begin] = change
+                    bits[(i - begin) >> 6] |= np.uint64(1) << np.uint64((i - begin) & 63)
         counts[block] = kept - kept_before
         if kept == kept_before and odd == odd_before:
             continue
