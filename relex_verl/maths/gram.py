@@ -11,34 +11,33 @@ A stack of L tensors is an array (L, T, T). Everything is float64: G is a differ
 trajectory is nearly straight. Paper: https://arxiv.org/abs/2605.21468
 """
 
+from collections.abc import Sequence
+
 import torch
 
-__all__ = ["append_row", "delta_gram"]
+__all__ = ["delta_gram", "increment_gram"]
 
 
-def append_row(increment_gram_LTT: torch.Tensor, row_LT1: torch.Tensor) -> torch.Tensor:
-    """Border H with the dot products of a new increment.
+def increment_gram(rows: Sequence[torch.Tensor], layers: int) -> torch.Tensor:
+    """H from the rows of its lower triangle: a run only appends to them, and nothing is copied as H grows.
 
     Args:
-        increment_gram_LTT: H of the increments so far, (L, T, T) float64; T may be 0.
-        row_LT1: <e_{T+1}, e_1>, ..., <e_{T+1}, e_{T+1}>, (L, T+1) float64.
+        rows: of each step <e_t, e_1>, ..., <e_t, e_t>, (L, t) float64; T of them, maybe 0.
+        layers: L.
 
     Returns:
-        H of all T+1 increments, (L, T+1, T+1).
+        H, (L, T, T).
 
     Raises:
         ValueError: the shapes do not fit.
     """
-    layers, rows = increment_gram_LTT.shape[:2]
-    if row_LT1.shape != (layers, rows + 1):
-        raise ValueError(
-            f"row of shape {tuple(row_LT1.shape)} does not border H of shape {tuple(increment_gram_LTT.shape)}"
-        )
-    bordered = increment_gram_LTT.new_zeros(layers, rows + 1, rows + 1)
-    bordered[:, :rows, :rows] = increment_gram_LTT
-    bordered[:, rows, :] = row_LT1
-    bordered[:, :, rows] = row_LT1
-    return bordered
+    gram_LTT = torch.empty(layers, len(rows), len(rows), dtype=torch.float64)
+    for t, row_Lt in enumerate(rows):
+        if row_Lt.shape != (layers, t + 1):
+            raise ValueError(f"row of shape {tuple(row_Lt.shape)} does not border H of shape {(layers, t, t)}")
+        gram_LTT[:, t, : t + 1] = row_Lt
+        gram_LTT[:, : t + 1, t] = row_Lt
+    return gram_LTT
 
 
 def delta_gram(increment_gram_LTT: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from relex_verl.maths.gram import append_row, delta_gram
+from relex_verl.maths import gram
 from relex_verl.maths.sketch import lifted_gram
 from relex_verl.maths.window import Window
 from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
@@ -17,6 +17,7 @@ from relex_verl.trajectory.store import Trajectory
 __all__ = [
     "ShardHistory",
     "error_bound",
+    "gram_rows",
     "histories",
     "increment_gram",
     "last_states",
@@ -46,7 +47,7 @@ def window(trajectory: Trajectory, cut: int | None = None) -> Window:
     """
     steps, energy_L = trajectory.steps_until(cut), None
     if trajectory.kind.keeps_rows:
-        gram_LTT = delta_gram(increment_gram(trajectory, cut))
+        gram_LTT = gram.delta_gram(increment_gram(trajectory, cut))
     else:
         moment_gram_Lrr, energy_LT = sketched(trajectory, cut)
         gram_LTT, energy_L = lifted_gram(moment_gram_Lrr, steps), energy_LT.sum(dim=1)
@@ -70,6 +71,15 @@ def increment_gram(trajectory: Trajectory, cut: int | None = None) -> torch.Tens
     Raises:
         TrajectoryError: it is a sketch.
     """
+    return gram.increment_gram(gram_rows(trajectory, cut), len(trajectory.names))
+
+
+def gram_rows(trajectory: Trajectory, cut: int | None = None) -> list[torch.Tensor]:
+    """The rows of H's lower triangle, see `maths.gram`, summed over the ranks.
+
+    Raises:
+        TrajectoryError: it is a sketch.
+    """
     trajectory.row_codec()
     steps = trajectory.steps_until(cut)
     position = {name: i for i, name in enumerate(trajectory.names)}
@@ -79,10 +89,7 @@ def increment_gram(trajectory: Trajectory, cut: int | None = None) -> torch.Tens
         where = torch.tensor([position[name] for name in placements], dtype=torch.int64)
         for row, step in zip(rows, steps, strict=True):
             row[where] += trajectory.load(rank, step).arrays["gram_row"]
-    gram_LTT = torch.zeros(len(position), 0, 0, dtype=torch.float64)
-    for row in rows:
-        gram_LTT = append_row(gram_LTT, row)
-    return gram_LTT
+    return rows
 
 
 def histories(

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from relex_verl.maths.gram import append_row, delta_gram
+from relex_verl.maths.gram import delta_gram, increment_gram
 from relex_verl.maths.window import Window
 from relex_verl.trajectory import replay
 from relex_verl.trajectory.collectors.collector import Held, Taken
@@ -33,13 +33,14 @@ class RowCollector:
         self.held: dict[str, Held] = {}
         self.steps: list[int] = []
         self.packed: list[PackedStep[Any] | StoredStep[Any]] = []
-        self.increment_gram_LTT = torch.zeros(0, 0, 0, dtype=torch.float64)
+        self._tensors = 0
+        self._gram_rows: list[torch.Tensor] = []  # of H's lower triangle, (L, t) each
         self._taken: PackedStep[Any] | None = None
 
     def begin(self, held: dict[str, Held], tensors: int) -> None:
         """See `Collector`."""
         self.held, self.steps, self.packed, self._taken = held, [], [], None
-        self.increment_gram_LTT = torch.zeros(tensors, 0, 0, dtype=torch.float64)
+        self._tensors, self._gram_rows = tensors, []
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """See `Collector`."""
@@ -61,7 +62,7 @@ class RowCollector:
         for i, held in enumerate(self.held.values()):
             for packed in self.packed:
                 self.codec.advance(held.state, packed.increment(i))
-        self.increment_gram_LTT = replay.increment_gram(trajectory, step)
+        self._gram_rows = replay.gram_rows(trajectory, step)
 
     def take(self, step: int, shards: Iterator[tuple[int, Held, torch.Tensor]]) -> Taken:
         """See `Collector`; k = T + 1, the new row of H."""
@@ -92,7 +93,7 @@ class RowCollector:
         """See `Collector`."""
         taken, self._taken = self._taken, None  # whoever moves this row to disk lets go of its memory
         assert taken is not None
-        self.increment_gram_LTT = append_row(self.increment_gram_LTT, figures_Lk)
+        self._gram_rows.append(figures_Lk)
         self.packed.append(taken)
         self.steps.append(step)
         states = enumerate(held.state for held in self.held.values())
@@ -114,7 +115,7 @@ class RowCollector:
 
     def window(self, names: Sequence[str], origin_step: int) -> Window:
         """See `Collector`."""
-        return Window(names, list(self.steps), delta_gram(self.increment_gram_LTT), origin_step)
+        return Window(names, list(self.steps), delta_gram(increment_gram(self._gram_rows, self._tensors)), origin_step)
 
     def parts(self, position: int) -> list[Any]:
         """See `Collector`."""
