@@ -121,7 +121,7 @@ def _ingest(
                 checkpoint = first if entry is todo[0] else layout.find_in(Checkpoint(folder, entry.called))
                 seen = _observe(observer, entry, checkpoint, layout, None if options.accept_jump else norm_L)
                 progress(seen)
-            check_moved(observer.steps, _increments(observer))
+            check_moved(observer.steps, _rows(observer).squares_LT)
             for place in (Path(todo[-1].place), Path(todo[-1].place) / "huggingface", folder):
                 keep_differing(base.folder, place, observer.trajectory.files)
     return observer.trajectory
@@ -134,7 +134,7 @@ def _nothing_half_written(out: Path, observer: Observer) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not before and not _increments(observer).any():
+        if not before and not _rows(observer).squares_LT.any():
             shutil.rmtree(out, ignore_errors=True)
             if existed:
                 out.mkdir(exist_ok=True)
@@ -156,7 +156,7 @@ def _observe(
 
     def accept(row_LT: torch.Tensor) -> None:
         if norm_L is not None:
-            past_LT = _increments(observer)
+            past_LT = _rows(observer).squares_LT
             check_plausible(entry.called, entry.step, observer.steps, layout.shapes, norm_L, past_LT, row_LT[:, -1])
 
     before = dict(observer.trajectory.index.ingested)
@@ -170,11 +170,6 @@ def _observe(
         raise IngestError(f"{entry.called}: {error}") if isinstance(error, ValueError) else error from error
     _leave_to_disk(observer)
     return observation
-
-
-def _increments(observer: Observer) -> torch.Tensor:
-    """|e_t|^2 of every tensor and step, (L, T)."""
-    return _rows(observer).increment_gram_LTT.diagonal(dim1=1, dim2=2)
 
 
 def _leave_to_disk(observer: Observer) -> None:

@@ -117,6 +117,12 @@ class RowCollector:
         """See `Collector`."""
         return Window(names, list(self.steps), delta_gram(increment_gram(self._gram_rows, self._tensors)), origin_step)
 
+    @property
+    def squares_LT(self) -> torch.Tensor:
+        """|e_t|^2 of every tensor and step, (L, T): H's diagonal."""
+        columns = [row_Lt[:, -1] for row_Lt in self._gram_rows]
+        return torch.stack(columns, dim=1) if columns else torch.zeros(self._tensors, 0, dtype=torch.float64)
+
     def parts(self, position: int) -> list[Any]:
         """See `Collector`."""
         return [packed.increment(position) for packed in self.packed]
