@@ -8,6 +8,7 @@ import torch
 from relex_verl.maths import gram
 from relex_verl.maths.sketch import lifted_gram
 from relex_verl.maths.window import Window
+from relex_verl.trajectory.encodings.fitting import check_fits
 from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
 from relex_verl.trajectory.index import TrajectoryError, step_ranges
 from relex_verl.trajectory.kinds import RowCodec
@@ -130,7 +131,16 @@ def _shards(
                 parts = [step.increment(i) for step in packed]
             else:
                 parts = [packed[0].increment(kind.size * i + j) for j in range(kind.size)]
+            _check_parts(trajectory, rank, name, parts, placement.numel)
             yield (name, tuple(trajectory.index.tensors[name]), placement), origin[name], parts
+
+
+def _check_parts(trajectory: Trajectory, rank: int, name: str, parts: Sequence[Any], numel: int) -> None:
+    try:
+        for part in parts:
+            check_fits(part, numel)
+    except ValueError as error:
+        raise TrajectoryError(f"{trajectory.rank_folder(rank)} is damaged: {name}: {error}") from error
 
 
 def _advanced(codec: RowCodec, origin: torch.Tensor, increments: Sequence[Any]) -> torch.Tensor:

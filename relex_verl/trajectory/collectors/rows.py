@@ -10,6 +10,7 @@ from relex_verl.maths.window import Window
 from relex_verl.trajectory import replay
 from relex_verl.trajectory.collectors.collector import Held, Taken
 from relex_verl.trajectory.encodings import PackedStep, Packing, Row, StoredStep
+from relex_verl.trajectory.encodings.fitting import check_fits
 from relex_verl.trajectory.kernels import warm_up
 from relex_verl.trajectory.kinds import Kind
 from relex_verl.trajectory.parallel import in_order
@@ -61,7 +62,8 @@ class RowCollector:
         self.packed = [trajectory.load(rank, observed) for observed in self.steps]
         for i, held in enumerate(self.held.values()):
             for packed in self.packed:
-                self.codec.advance(held.state, packed.increment(i))
+                check_fits(increment := packed.increment(i), len(held.state))
+                self.codec.advance(held.state, increment)
         self._gram_rows = replay.gram_rows(trajectory, step)
 
     def take(self, step: int, shards: Iterator[tuple[int, Held, torch.Tensor]]) -> Taken:

@@ -10,6 +10,7 @@ from relex_verl.maths.window import Window
 from relex_verl.trajectory import replay
 from relex_verl.trajectory.collectors.collector import Held, Taken
 from relex_verl.trajectory.encodings import PackedStep
+from relex_verl.trajectory.encodings.fitting import check_fits
 from relex_verl.trajectory.kernels import warm_up
 from relex_verl.trajectory.kinds import Kind
 from relex_verl.trajectory.store import Trajectory
@@ -68,6 +69,9 @@ class SketchCollector:
         # Not the mapped file: they are written to.
         arrays = {name: array.clone() for name, array in stored.arrays.items()}
         self._moments = PackedStep(self.kind.part, arrays)
+        for i, held in enumerate(self.held.values()):
+            for j in range(size):
+                check_fits(self._moments.increment(size * i + j), len(held.state))
         own = arrays["gram_row"]
         self._own_gram_lrr, self._own_energy_lT = own[:, : size**2].view(-1, size, size), own[:, size**2 :]
         self._gram_Lrr, self._energy_LT = replay.sketched(trajectory, step)

@@ -38,9 +38,18 @@ class PackedStep(Generic[Increment]):
     """
 
     def __init__(self, kind: type[Increment], arrays: Mapping[str, torch.Tensor]) -> None:
+        """Raises ValueError where the arrays are not as long as `sizes` says: kernels go by their addresses."""
         self.kind, self.arrays = kind, dict(arrays)
         self._fields = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-        ends = self.arrays["sizes"].cumsum(0)
+        sizes = self.arrays["sizes"]
+        lengths = torch.tensor([self.arrays[name].numel() for name in self._fields])
+        if (
+            sizes.dtype != torch.int64
+            or sizes.shape[1:] != lengths.shape
+            or not bool(((sizes >= 0) & (sizes <= lengths)).all() and (sizes.sum(0) == lengths).all())
+        ):
+            raise ValueError("its arrays are not as long as it says")
+        ends = sizes.cumsum(0)
         self.bounds = torch.cat([ends.new_zeros(1, len(self._fields)), ends]).numpy()
 
     @classmethod
