@@ -1,5 +1,6 @@
 """What is found at a cut: by rank 0 in the window, and all of it with scores and advice, as report.json says it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from relex_verl.maths.advice import Advice
 from relex_verl.reporting.provenance import Provenance
 from relex_verl.reporting.records import IF_KNOWN, Record
 
-__all__ = ["CutReport", "EarlierCut", "Findings", "Fits", "Predicted", "Scored"]
+__all__ = ["Cost", "CutReport", "EarlierCut", "Findings", "Fits", "Predicted", "Scored"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Scored:
         prompts: how many came back.
         seconds: what the validation cost.
         metrics: all that the host's validation gave.
+        samples: that were generated for it; None where nobody has said.
     """
 
     name: str
@@ -76,6 +78,32 @@ class Scored:
     prompts: int
     seconds: float
     metrics: dict[str, float]
+    samples: int | None = field(default=None, metadata=IF_KNOWN)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What scoring took.
+
+    Attributes:
+        validations: how many.
+        samples: generated for them.
+        seconds: the updates of the rollout's weights included.
+        steps: training steps that generate as many samples; None where nobody has said how many one has. They would take
+            longer than the scoring did: a training step also learns from its samples.
+    """
+
+    validations: int
+    samples: int
+    seconds: float
+    steps: float | None
+
+    @classmethod
+    def of(cls, scored: Sequence[Scored], samples_a_step: int | None) -> "Cost":
+        """Of some validations; a prompt counts as one sample where nobody has said how many it had."""
+        samples = sum(row.prompts if row.samples is None else row.samples for row in scored)
+        steps = None if samples_a_step is None else samples / samples_a_step
+        return cls(len(scored), samples, sum(row.seconds for row in scored), steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +146,12 @@ class CutReport(Record):
         versions: of what made it.
         metrics: of the step.
         earlier_cuts: of this run, in their order.
-        steps_saved: that need not be trained if the run ends here with the winner; 0 without one.
+        steps_saved: that need not be trained if the run ends here with the winner, less those that generate as many samples
+            as all scoring took; 0 without a winner, below 0 where the scoring was dearer.
         next_cut: step of the cut that is planned next, if training goes on and its rows fit; None where none is.
         single_steps: whether observed steps can be had again: a sketch keeps none; None where nobody has said.
         origin_step: at which the window began that was fitted; None where nobody has said, 0 then.
+        scoring: what the scores of this cut and of those before it took.
     """
 
     t_cut: int
@@ -140,6 +170,7 @@ class CutReport(Record):
     next_cut: int | None = field(default=None, metadata=IF_KNOWN)
     single_steps: bool | None = field(default=None, metadata=IF_KNOWN)
     origin_step: int | None = field(default=None, metadata=IF_KNOWN)
+    scoring: Cost | None = field(default=None, metadata=IF_KNOWN)
     schema_version: int = 1
 
     @classmethod

@@ -135,24 +135,36 @@ def _facts(report: CutReport) -> str:
             against += f"; p = {advice.p_value:.2g}, below {advice.alpha:.2g} needed"
         facts.append(("Score of the best prediction", f"{advice.score:.3f}", against))
     if advice.action == "stop":
-        rest = "up to the end of the run; stopping here saves them" if report.steps_saved else "the run is at its end"
-        facts.append(("Going on would cost", _count(report.steps_saved, "training step"), rest))
+        rest = "up to the end of the run, less those that generate as many samples as the scoring did"
+        if report.steps_saved <= 0:
+            rest = (
+                "the run is at its end" if report.steps_saved == 0 else "the scoring took more than the rest of the run"
+            )
+        facts.append(("Stopping here saves", _count(report.steps_saved, "training step"), rest))
     if report.next_cut is not None:
         away = _count(report.next_cut - report.t_cut, "training step")
         further = f"{away} from here, if its rows fit; it is tested again there"
         facts.append(("Next cut", f"step {report.next_cut}", further))
     elif advice.action == "keep_training":
         facts.append(("Next cut", "none", "the run ends before another one"))
-    seconds = sum(row.seconds for row in scored)
-    spent = (
-        f"{_count(len(scored), 'validation')}, the last observed weights among them" if scored else "nothing was scored"
-    )
-    facts.append(("Time spent on scoring", _duration(seconds), spent))
+    facts.append(("Time spent on scoring", _duration(sum(row.seconds for row in scored)), _spent(report)))
     rows = (
         f"<div><dt>{label}</dt><dd>{escape(value)}<small>{escape(more)}</small></dd></div>"
         for label, value, more in facts
     )
     return f'<dl class="facts">{"".join(rows)}</dl>'
+
+
+def _spent(report: CutReport) -> str:
+    """How much was generated to score this cut, and all cuts so far."""
+    if not report.validation_scores:
+        return "nothing was scored"
+    said = f"{_count(len(report.validation_scores), 'validation')}, the last observed weights among them"
+    if report.scoring is None:
+        return said
+    steps = report.scoring.steps
+    said += f"; in the run so far {_count(report.scoring.samples, 'sample')} in {_duration(report.scoring.seconds)}"
+    return said if steps is None else f"{said}, as many as {steps:.3g} training steps generate"
 
 
 def _next_steps(report: CutReport) -> str:

@@ -23,7 +23,9 @@ def log_cut(wandb: Any, report: CutReport, figures: Mapping[str, Path]) -> None:
     """
     advice = report.advice
     wandb.run.summary["relex/advice"] = advice.action
-    if advice.target is not None:
+    if report.scoring is not None:
+        wandb.run.summary["relex/scoring"] = vars(report.scoring)
+    if report.recommended_path is not None:
         wandb.run.summary["relex/recommended_path"] = report.recommended_path
         wandb.run.summary["relex/steps_saved"] = report.steps_saved
     wandb.run.alert(title=f"RELEX: {advice.action.replace('_', ' ')}", text=advice.reason)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from relex_verl.run.cut import Verdict
 from relex_verl.run.output import OutputFolder
 from relex_verl.run.schedule import Schedule
 
-__all__ = ["attempt", "report", "show"]
+__all__ = ["attempt", "report", "show", "spent"]
 
 logger = logging.getLogger("relex_verl")
 
@@ -50,12 +51,14 @@ def report(
         schedule: the cuts before, and the steps that need not be trained if a prediction has won.
     """
     won, following = verdict.advice.action == "stop", schedule.after(verdict.advice)
+    rows = verdict.rows(t_cut)
+    scoring = schedule.scoring(rows)
     return CutReport(
         t_cut=t_cut,
         observed_steps=findings.steps,
         advice=verdict.advice,
         recommended_path=str(output.path / "recommended") if won else None,
-        validation_scores=verdict.rows(t_cut),
+        validation_scores=rows,
         screened_out=verdict.screened_out,
         predictions=[Predicted.at(folder, provenance) for folder, provenance in written.items()],
         backtests=findings.backtests,
@@ -63,11 +66,19 @@ def report(
         versions=versions(),
         metrics=dict(metrics),
         earlier_cuts=list(schedule.earlier),
-        steps_saved=schedule.saved if won else 0,
+        steps_saved=schedule.saved - ceil(scoring.steps or 0) if won else 0,
         next_cut=None if following is None else following.t_cut,
         single_steps=schedule.kind.keeps_rows,
         origin_step=findings.origin_step,
+        scoring=scoring if scoring.validations else None,
     )
+
+
+def spent(report: CutReport) -> dict[str, float]:
+    """`relex/scoring/...`: what this cut's scores and those before took in all; and what is saved by stopping here."""
+    flat = {"relex/steps_saved": float(report.steps_saved)} if report.recommended_path is not None else {}
+    known = {} if report.scoring is None else vars(report.scoring)
+    return flat | {f"relex/scoring/{what}": float(value) for what, value in known.items() if value is not None}
 
 
 def show(

@@ -79,7 +79,7 @@ class RelexCallback:
         Raises:
             ConfigError: they do not fit the run; another one that is alive writes into the output folder.
         """
-        self._schedule = Schedule(self.config, total_steps)
+        self._schedule = Schedule(self.config, total_steps, self._run.samples_a_step)
         self._output.hold()
 
     def on_model_ready(self, workers: Any) -> None:
@@ -259,7 +259,7 @@ class RelexCallback:
         announce.show(self._output, self._log.logger, report, findings.figures, verdict)
         self.schedule.earlier.append(report.summary)
         self._act(verdict.advice, host)
-        return verdict.metrics()
+        return verdict.metrics() | announce.spent(report)
 
     def _act(self, advice: Advice, host: Host | None) -> None:
         if advice.action == "stop" and self.config.on_cut == "stop" and host is not None:

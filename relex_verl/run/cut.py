@@ -64,12 +64,13 @@ class Verdict:
                 prompts=len(validation.prompts),
                 seconds=validation.seconds,
                 metrics=validation.metrics,
+                samples=validation.generated,
             )
             for name, validation in self.validations(t_cut).items()
         ]
 
     def metrics(self) -> dict[str, float]:
-        """`relex/val/<method>-step_<N>/...`, and what each validation and all of them cost."""
+        """`relex/val/<method>-step_<N>/...`, and what each validation and all of them cost, in seconds and in samples."""
         if self.hold is None:
             return self.jump
         flat = self.jump | {"relex/val/candidates": float(len(self.scored))}
@@ -79,7 +80,8 @@ class Verdict:
         ]:
             flat |= {f"relex/val/{name}/{metric}": value for metric, value in validation.metrics.items()}
             flat[f"relex/val/{name}/seconds"] = validation.seconds
-            flat["relex/val/seconds"] = flat.get("relex/val/seconds", 0.0) + validation.seconds
+            for what, spent in (("seconds", validation.seconds), ("samples", float(validation.generated))):
+                flat[f"relex/val/{what}"] = flat.get(f"relex/val/{what}", 0.0) + spent
         return flat
 
 

@@ -42,12 +42,14 @@ class RunFacts:
         base_model: folder or Hub id of the base model.
         project, experiment: the names that the host logs it under.
         resume_mode: of the host: with "auto" it looks for a checkpoint by itself, and a start at step 0 may be a second
+        samples_a_step: that a training step generates, by which the cost of scoring is told; None where nobody knows.
     """
 
     base_model: str
     project: str
     experiment: str
     resume_mode: str = "auto"
+    samples_a_step: int | None = None
 
     @property
     def names(self) -> dict[str, str]:

@@ -7,7 +7,7 @@ from math import ceil
 
 from relex_verl.maths.advice import Advice, alpha_share
 from relex_verl.maths.extrapolators import Prediction
-from relex_verl.reporting.findings import EarlierCut
+from relex_verl.reporting.findings import Cost, EarlierCut, Scored
 from relex_verl.run.config import RelexConfig
 from relex_verl.run.plan import NEAREST_JUMP, Plan, following
 from relex_verl.trajectory.kinds import KINDS
@@ -25,9 +25,10 @@ class Schedule:
         plans: the first cut, by the name of each kind that it may come to.
         plan: the coming cut; None when there is none any more.
         earlier: what was found at the cuts behind it.
+        samples_a_step: that a training step generates; None where nobody has said.
     """
 
-    def __init__(self, config: RelexConfig, total_steps: int) -> None:
+    def __init__(self, config: RelexConfig, total_steps: int, samples_a_step: int | None = None) -> None:
         """Plan the first cut.
 
         Raises:
@@ -38,6 +39,7 @@ class Schedule:
         self.plans = {name: config.plan(total_steps, KINDS[name]) for name in names}
         self.plan: Plan | None = self.plans[self.kind.name]
         self.earlier: list[EarlierCut] = []
+        self.samples_a_step = samples_a_step
         self._config, self._total_steps, self._first_cut = config, total_steps, self.plan.t_cut
 
     @property
@@ -61,6 +63,10 @@ class Schedule:
     def saved(self) -> int:
         """Steps that need not be trained if the run ends at the coming cut."""
         return 0 if self.plan is None else self._total_steps - self.plan.t_cut
+
+    def scoring(self, scored: Sequence[Scored]) -> Cost:
+        """What these scores, those of the coming cut, and those of the cuts behind it took."""
+        return Cost.of([*(row for cut in self.earlier for row in cut.validation_scores), *scored], self.samples_a_step)
 
     def follow(self, kind: str) -> None:
         """Take the kind of trajectory that the engine allows, by its name."""

@@ -22,12 +22,20 @@ class Validation:
         metric: name of the one that is decided on.
         samples: prompt -> score of each of its samples; only prompts whose samples all came back.
         seconds: what it cost, the update of the rollout's weights included.
+        asked_for: samples that were to be generated, those of other data sources and those that never came back included;
+            None where they are no more than `samples`.
     """
 
     metrics: dict[str, float]
     metric: str
     samples: dict[str, list[float]]
     seconds: float
+    asked_for: int | None = None
+
+    @property
+    def generated(self) -> int:
+        """How many samples it cost."""
+        return sum(map(len, self.samples.values())) if self.asked_for is None else self.asked_for
 
     @property
     def score(self) -> float:

@@ -67,9 +67,8 @@ class Probe:
         source, variable = metric.split("/", 1)[1].rsplit("/", 2)[:2]
         if variable not in self.values:
             raise ValueError(f"relex.score_metric={metric}: no sample carries {variable}")
-        return Validation(
-            {name: float(value) for name, value in metrics.items()}, metric, self._samples(source, variable), seconds
-        )
+        values, samples = {name: float(value) for name, value in metrics.items()}, self._samples(source, variable)
+        return Validation(values, metric, samples, seconds, sum(self.expected.values()))
 
     def _samples(self, source: str, variable: str) -> dict[str, list[float]]:
         scores: dict[str, list[float]] = defaultdict(list)

@@ -47,4 +47,5 @@ def run_facts(config: DictConfig) -> "RunFacts":
 
     trainer = config.trainer
     base_model = str(config.actor_rollout_ref.model.path)
-    return RunFacts(base_model, trainer.project_name, trainer.experiment_name, trainer.resume_mode)
+    samples = int(config.data.train_batch_size) * int(config.actor_rollout_ref.rollout.n)
+    return RunFacts(base_model, trainer.project_name, trainer.experiment_name, trainer.resume_mode, samples)

@@ -1,6 +1,7 @@
 """A run that ends at its cut: properly, with everything that a user needs to go on from there."""
 
 import json
+from math import ceil
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,9 @@ def test_the_winner_is_recommended(finished: Run) -> None:
     report = finished.report()
     advice = report["advice"]
     assert (advice["action"], advice["score"]) == ("stop", 1.0), advice
-    assert report["steps_saved"] == STEPS - 2 * CUT
+    samples = VALIDATION_PROMPTS * sum(len(cut["validation_scores"]) for cut in (*report["earlier_cuts"], report))
+    assert report["scoring"]["samples"] == samples
+    assert report["steps_saved"] == STEPS - 2 * CUT - ceil(report["scoring"]["steps"])
     recommended = Path(report["recommended_path"])
     assert recommended == finished.out / "relex" / "recommended"
     winner = load(finished.out / "relex" / "predicted" / advice["target"])

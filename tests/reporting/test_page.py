@@ -95,6 +95,7 @@ KEEP = Advice("keep_training", None, "Keep training: relex-step_24 scores 0.6", 
     [
         (STOP, {"steps_saved": 1088}, ["Stop</h1>", ">relex-step_24 scores 0.7.<", "1,088 training steps", "p = 0.02"]),
         (STOP, {}, ["Stop</h1>", "0 training steps", "the run is at its end"]),
+        (STOP, {"steps_saved": -3}, ["-3 training steps", "took more than the rest"]),
         (KEEP, {"next_cut": 30}, ["Keep training</h1>", "step 30<", "18 training steps from here"]),
         (KEEP, {}, ["Keep training</h1>", "the run ends before another one"]),
         (unscored("no validation"), {}, ["Unscored</h1>", ">no validation. Score the", "nothing was scored"]),

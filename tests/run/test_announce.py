@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cut_reports import FOUND, earlier_cut
+from cut_reports import FOUND, earlier_cut, scored
 from pictures import check_page, check_png
 from stand_ins import CUT, Host
 from wandb_mock import WandbMock
 
 from relex_verl.maths.extrapolators import Prediction
-from relex_verl.reporting.findings import CutReport, Fits
+from relex_verl.reporting.findings import Cost, CutReport, Fits
 from relex_verl.reporting.provenance import Provenance
 from relex_verl.run import announce
 from relex_verl.run.config import RelexConfig
@@ -38,8 +38,9 @@ def shown(folder: Path, verdict: Verdict, loggers: dict[str, Any]) -> CutReport:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "relex.json").write_text(json.dumps(PROVENANCE.to_json()))
     written = {folder: PROVENANCE}
-    schedule = Schedule(CONFIG, 100)
-    schedule.earlier.append(earlier_cut(2))
+    schedule = Schedule(CONFIG, 100, samples_a_step=128)
+    before = [scored("observed-step_2", 2, 0.5, None, prompts=100, samples=200, seconds=7.0)]
+    schedule.earlier.append(replace(earlier_cut(2), validation_scores=before))
     report = announce.report(CUT, FINDINGS, verdict, output, written, {"relex/drift": 0.1}, schedule)
     announce.show(output, loggers, report, {}, verdict)
     return report
@@ -49,14 +50,27 @@ def test_the_report_of_a_cut(tmp_path: Path, verdict: Verdict) -> None:
     report = shown(tmp_path, verdict, {})
     assert report.advice.action == "stop"
     assert report.recommended_path == str(tmp_path / "recommended")
-    assert report.steps_saved == 100 - CUT
+    # One sample for each of 400 prompts, three times, and the 200 of the cut before: 11 steps of 128 samples.
+    assert report.scoring == Cost(4, 1400, 10.0, 1400 / 128)
+    assert report.steps_saved == 100 - CUT - 11
+    assert announce.spent(report) == {
+        "relex/steps_saved": 85.0,
+        "relex/scoring/validations": 4.0,
+        "relex/scoring/samples": 1400.0,
+        "relex/scoring/seconds": 10.0,
+        "relex/scoring/steps": 1400 / 128,
+    }
+    assert verdict.metrics()["relex/val/samples"] == 1200.0
+    page = (tmp_path / "report.html").read_text()
+    assert "in the run so far 1,400 samples in 10 s, as many as 10.9 training steps generate" in page
     assert report.next_cut is None
     (prediction,) = report.predictions
     assert prediction.path == str(tmp_path / "predicted" / "relex-step_20")
     assert prediction.to_json() == {**PROVENANCE.to_json(), "path": prediction.path}
     assert [row.name for row in report.validation_scores] == ["observed-step_4", "relex-step_20", "relex-step_40"]
     assert (report.observed_steps, report.fits, report.backtests) == (FOUND.steps, FITS, FOUND.backtests)
-    assert (report.metrics, report.earlier_cuts) == ({"relex/drift": 0.1}, [earlier_cut(2)])
+    assert report.metrics == {"relex/drift": 0.1}
+    assert [cut.t_cut for cut in report.earlier_cuts] == [2]
     assert CutReport.from_json(json.loads(json.dumps(report.to_json(), allow_nan=False))) == report
 
 
