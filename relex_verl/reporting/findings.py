@@ -120,13 +120,18 @@ class Predicted(Provenance):
 
 @dataclass(frozen=True)
 class EarlierCut:
-    """What later reports say of a cut: the advice and the curve that it rests on; and where its window began."""
+    """What later reports say of a cut.
+
+    Attributes:
+        t_cut, advice, validation_scores, screened_out, origin_step, rewards: see `CutReport`.
+    """
 
     t_cut: int
     advice: Advice
     validation_scores: list[Scored]
     screened_out: dict[str, str]
     origin_step: int | None = field(default=None, metadata=IF_KNOWN)
+    rewards: dict[str, float] | None = field(default=None, metadata=IF_KNOWN)
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,7 @@ class CutReport(Record):
         single_steps: whether observed steps can be had again: a sketch keeps none; None where nobody has said.
         origin_step: at which the window began that was fitted; None where nobody has said, 0 then.
         scoring: what the scores of this cut and of those before it took.
+        rewards: training step -> mean reward of its samples, since the cut before and as far as this start of the run goes.
     """
 
     t_cut: int
@@ -171,6 +177,7 @@ class CutReport(Record):
     single_steps: bool | None = field(default=None, metadata=IF_KNOWN)
     origin_step: int | None = field(default=None, metadata=IF_KNOWN)
     scoring: Cost | None = field(default=None, metadata=IF_KNOWN)
+    rewards: dict[str, float] | None = field(default=None, metadata=IF_KNOWN)
     schema_version: int = 1
 
     @classmethod
@@ -187,7 +194,8 @@ class CutReport(Record):
     @property
     def summary(self) -> EarlierCut:
         """What later reports say of it."""
-        return EarlierCut(self.t_cut, self.advice, self.validation_scores, self.screened_out, self.origin_step)
+        scored = self.validation_scores
+        return EarlierCut(self.t_cut, self.advice, scored, self.screened_out, self.origin_step, self.rewards)
 
 
 def _of_run(advice: Advice, like: Provenance) -> Advice:

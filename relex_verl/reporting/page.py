@@ -4,25 +4,19 @@ Whatever comes from a report (names of tensors, reasons, paths) is escaped, and 
 """
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from importlib.resources import files
 from math import prod
 from pathlib import Path
 
-from relex_verl.reporting.findings import CutReport, EarlierCut, Scored
+from relex_verl.reporting.findings import CutReport
 from relex_verl.reporting.next_steps import next_steps
-from relex_verl.reporting.tables import Cell, cell, table
+from relex_verl.reporting.page_cuts import WORDS, cuts_so_far, earlier, scores, screened, spent
+from relex_verl.reporting.tables import Cell, cell, count, duration, table
 
 __all__ = ["write_html"]
 
-WORDS = {
-    "stop": ("■", "Stop"),
-    "keep_training": ("▶", "Keep training"),
-    "unscored": ("?", "Unscored"),
-    "jump": ("»", "Jumped"),
-    "undo": ("«", "Undone"),
-}
 MEANING = {
     "stop": "A predicted checkpoint has beaten the last observed weights, on prompts that the search had not seen.",
     "keep_training": "No prediction has beaten the weights that you already have.",
@@ -38,6 +32,12 @@ PICTURES = {
         "Each point is a predicted checkpoint with its 95% interval, the grey band is the last observed one. "
         "The decision is a paired test on the same prompts, which sees more than whether intervals overlap.",
         "Scores with intervals against the predicted step, beside the score of the last observed weights.",
+    ),
+    "timeline": (
+        "The run so far, with its cuts",
+        "Left: what the weights scored at each cut, and what was jumped to or taken back, over the mean reward of the "
+        "training samples. Right: the search at each cut, above what the observed weights scored there.",
+        "Scores at each cut with the jumps marked, over the reward curve; and the score curve of each cut.",
     ),
     "coefficients": (
         "How far along its direction each tensor has moved",
@@ -80,17 +80,19 @@ def write_html(path: Path, report: CutReport, figures: Mapping[str, Path]) -> No
         report: of the cut. Whatever its texts say, the page shows them as text.
         figures: name -> PNG file; "scores" stands beside the answer.
     """
-    below = {name: figure for name, figure in figures.items() if name != "scores"}
+    below = {name: figure for name, figure in figures.items() if name not in ("scores", "timeline")}
     parts = [
         _answer(report),
         _picture("scores", figures["scores"]) if "scores" in figures else "",
         _next_steps(report),
-        _scores(report),
-        _screened(report.screened_out),
+        cuts_so_far(report),
+        _picture("timeline", figures["timeline"]) if "timeline" in figures else "",
+        scores(report),
+        screened(report.screened_out),
         *(["<h2>How it moved</h2>"] if below or report.fits.summary else []),
         _measures(report),
         *(_picture(name, figure) for name, figure in below.items()),
-        _earlier(report.earlier_cuts),
+        earlier(report.earlier_cuts),
         _tensors(report),
         f"<footer>{escape(', '.join(f'{name} {version}' for name, version in report.versions.items()))}</footer>",
     ]
@@ -116,7 +118,7 @@ def _answer(report: CutReport) -> str:
     advice, steps = report.advice, report.observed_steps
     mark, word = WORDS.get(advice.action, ("•", advice.action.replace("_", " ")))
     reason = advice.reason.removeprefix(f"{word}: ").rstrip(".")
-    seen = _count(len(steps), "observed step") + (f" ({steps[0]} to {steps[-1]})" if len(steps) > 1 else "")
+    seen = count(len(steps), "observed step") + (f" ({steps[0]} to {steps[-1]})" if len(steps) > 1 else "")
     where = "" if report.recommended_path is None else f"<p>It is in <code>{escape(report.recommended_path)}</code></p>"
     return (
         f'<section class="answer {escape(advice.action)}"><p class="where">RELEX, cut at step {report.t_cut}, {seen}</p>'
@@ -130,7 +132,7 @@ def _facts(report: CutReport) -> str:
     advice, scored = report.advice, report.validation_scores
     facts = []
     if advice.score is not None and advice.hold_score is not None:
-        against = f"against {advice.hold_score:.3f} of step {report.t_cut}, on {_count(advice.prompts, 'prompt')}"
+        against = f"against {advice.hold_score:.3f} of step {report.t_cut}, on {count(advice.prompts, 'prompt')}"
         if advice.p_value is not None and advice.alpha is not None:
             against += f"; p = {advice.p_value:.2g}, below {advice.alpha:.2g} needed"
         facts.append(("Score of the best prediction", f"{advice.score:.3f}", against))
@@ -140,31 +142,19 @@ def _facts(report: CutReport) -> str:
             rest = (
                 "the run is at its end" if report.steps_saved == 0 else "the scoring took more than the rest of the run"
             )
-        facts.append(("Stopping here saves", _count(report.steps_saved, "training step"), rest))
+        facts.append(("Stopping here saves", count(report.steps_saved, "training step"), rest))
     if report.next_cut is not None:
-        away = _count(report.next_cut - report.t_cut, "training step")
+        away = count(report.next_cut - report.t_cut, "training step")
         further = f"{away} from here, if its rows fit; it is tested again there"
         facts.append(("Next cut", f"step {report.next_cut}", further))
     elif advice.action == "keep_training":
         facts.append(("Next cut", "none", "the run ends before another one"))
-    facts.append(("Time spent on scoring", _duration(sum(row.seconds for row in scored)), _spent(report)))
+    facts.append(("Time spent on scoring", duration(sum(row.seconds for row in scored)), spent(report)))
     rows = (
         f"<div><dt>{label}</dt><dd>{escape(value)}<small>{escape(more)}</small></dd></div>"
         for label, value, more in facts
     )
     return f'<dl class="facts">{"".join(rows)}</dl>'
-
-
-def _spent(report: CutReport) -> str:
-    """How much was generated to score this cut, and all cuts so far."""
-    if not report.validation_scores:
-        return "nothing was scored"
-    said = f"{_count(len(report.validation_scores), 'validation')}, the last observed weights among them"
-    if report.scoring is None:
-        return said
-    steps = report.scoring.steps
-    said += f"; in the run so far {_count(report.scoring.samples, 'sample')} in {_duration(report.scoring.seconds)}"
-    return said if steps is None else f"{said}, as many as {steps:.3g} training steps generate"
 
 
 def _next_steps(report: CutReport) -> str:
@@ -174,42 +164,6 @@ def _next_steps(report: CutReport) -> str:
         for step in next_steps(report)
     ]
     return "<h2>What to do next</h2>" + "\n".join(steps) if steps else ""
-
-
-def _scores(report: CutReport) -> str:
-    if not report.validation_scores:
-        return ""
-    metric = escape(report.validation_scores[0].metric)
-    return (
-        f"<h2>Scores</h2><p>All prompts of the validation set, by <code>{metric}</code>. The decision rests on the prompts "
-        "that the search had not seen, so its two scores differ a little from these.</p>"
-        + _score_table(
-            report.validation_scores, None if report.advice.target is None else report.advice.target.folder_name
-        )
-    )
-
-
-def _score_table(scored: Sequence[Scored], winner: str | None) -> str:
-    columns = {"Weights": False, "Step": True, "Score": True, "95% interval": True}
-    columns |= {"In the search": True, "Prompts": True, "Seconds": True}
-    rows = []
-    ordered = sorted(scored, key=lambda row: row.target)
-    for row in ordered:
-        half = 1.96 * row.standard_error
-        name = Cell(row.name, "<em>recommended</em>" if row.name == winner else "")
-        interval = cell(f"{row.score - half:.3f} to {row.score + half:.3f}")
-        numbers = (cell(row.search_score, 3), cell(row.prompts), cell(row.seconds, 1))
-        rows.append([name, cell(row.target), cell(row.score, 3), interval, *numbers])
-    winners = [i for i, row in enumerate(ordered) if row.name == winner]
-    return table("Scores", columns, rows, highlighted=winners)
-
-
-def _screened(reasons: Mapping[str, str]) -> str:
-    if not reasons:
-        return ""
-    rows = [[cell(method), Cell(reason, words=True)] for method, reason in reasons.items()]
-    said = "<h2>Screened out</h2><p>Methods that were not worth a validation.</p>"
-    return said + table("Screened out", {"Method": False, "Left out because": False}, rows)
 
 
 def _measures(report: CutReport) -> str:
@@ -251,17 +205,6 @@ def _picture(name: str, path: Path) -> str:
     )
 
 
-def _earlier(cuts: Sequence[EarlierCut]) -> str:
-    folded = [
-        f"<details><summary>Step {cut.t_cut}: {escape(WORDS.get(cut.advice.action, ('', cut.advice.action))[1].lower())}"
-        f"</summary><p>{escape(cut.advice.reason)}</p>"
-        + (_score_table(cut.validation_scores, None) if cut.validation_scores else "")
-        + "</details>"
-        for cut in reversed(cuts)
-    ]
-    return "<h2>Earlier cuts</h2>" + "\n".join(folded) if folded else ""
-
-
 def _tensors(report: CutReport) -> str:
     rows = report.fits.tensors
     if not rows:
@@ -278,17 +221,5 @@ def _tensors(report: CutReport) -> str:
         for row in rows
     ]
     shown = table("Tensors", {label: key != "tensor" for key, label in columns.items()}, cells, sortable=True)
-    folded = (
-        f"<details><summary>{_count(len(rows), 'tensor')}<small>what moved, how far, how straight</small></summary>"
-    )
+    folded = f"<details><summary>{count(len(rows), 'tensor')}<small>what moved, how far, how straight</small></summary>"
     return f"<h2>Tensor by tensor</h2>{folded}{shown}</details>"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

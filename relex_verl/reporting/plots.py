@@ -1,15 +1,15 @@
 """Figures: plain numbers in, a PNG and an SVG out. No trajectory, no decision, no display.
 
-Every function takes `stem`, the path without its suffix, and a title, and returns the two files it wrote. matplotlib is
-imported when a figure is drawn, without pyplot: no global state or backend of the calling process is touched.
+Every function takes `stem`, the path without its suffix, and a title, and returns the two files it wrote.
 """
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, isfinite
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any
+
+from relex_verl.reporting.drawing import COLOURS, DOTS, LINE, NULL, label_figure, new_figure, save_figure, styled
 
 __all__ = [
     "CoefficientPanel",
@@ -23,19 +23,6 @@ __all__ = [
     "plot_r2_by_layer",
     "plot_spectrum",
 ]
-
-Arguments = ParamSpec("Arguments")
-SUFFIXES = (".png", ".svg")
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")  # Okabe, Ito
-DOTS, LINE, NULL = COLOURS[0], COLOURS[1], COLOURS[7]
-STYLE: dict[str, Any] = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 9,
-    "font.size": 9,
-    "legend.frameon": False,
-    "svg.hashsalt": "relex-verl",  # the same figure gives the same bytes
-}
 
 
 @dataclass(frozen=True)
@@ -69,20 +56,7 @@ class Score:
     high: float | None = None
 
 
-def _styled(draw: Callable[Arguments, list[Path]]) -> Callable[Arguments, list[Path]]:
-    """Draw with STYLE, and leave the caller's matplotlib settings as they are."""
-
-    @functools.wraps(draw)
-    def wrapper(*args: Arguments.args, **kwargs: Arguments.kwargs) -> list[Path]:
-        import matplotlib
-
-        with matplotlib.rc_context(STYLE):
-            return draw(*args, **kwargs)
-
-    return wrapper
-
-
-@_styled
+@styled
 def plot_coefficients(stem: Path, panels: Sequence[CoefficientPanel], title: str = "") -> list[Path]:
     """Rank-1 coefficients against the step with their line, a panel a tensor (paper, Figure 4).
 
@@ -93,7 +67,7 @@ def plot_coefficients(stem: Path, panels: Sequence[CoefficientPanel], title: str
         raise ValueError("no tensor to plot")
     columns = min(3, len(panels))
     rows = ceil(len(panels) / columns)
-    figure = _figure(3.2 * columns, 2.4 * rows)
+    figure = new_figure(3.2 * columns, 2.4 * rows)
     all_axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, panel in zip(all_axes, panels, strict=False):
         axes.plot(panel.steps, panel.values, "o", color=DOTS, markersize=3.5, label="$c_t$", zorder=3)
@@ -102,12 +76,12 @@ def plot_coefficients(stem: Path, panels: Sequence[CoefficientPanel], title: str
         axes.set_title(f"{panel.title}{said}")
     for axes in all_axes[len(panels) :]:
         axes.set_visible(False)
-    _label(figure, "training step", "rank-1 coefficient", title)
+    label_figure(figure, "training step", "rank-1 coefficient", title)
     all_axes[0].legend()
-    return _save(figure, stem)
+    return save_figure(figure, stem)
 
 
-@_styled
+@styled
 def plot_components(
     stem: Path, title: str, steps: Sequence[float], coefficients: Sequence[Sequence[float]], shares: Sequence[float]
 ) -> list[Path]:
@@ -118,18 +92,18 @@ def plot_components(
         coefficients: (r, T), largest first.
         shares: (r,) share of the variance of each.
     """
-    figure = _figure(5.5, 3.5)
+    figure = new_figure(5.5, 3.5)
     axes = figure.subplots()
     for i, (values, share) in enumerate(zip(coefficients, shares, strict=True)):
         colour = COLOURS[i % len(COLOURS)]
         axes.plot(steps, values, "o-", color=colour, markersize=3, linewidth=1, label=f"{i + 1}: {share:.1%}")
     axes.axhline(0, color=NULL, linewidth=0.8)
     axes.legend(title="component: variance", fontsize=8)
-    _label(figure, "training step", "coefficient", title)
-    return _save(figure, stem)
+    label_figure(figure, "training step", "coefficient", title)
+    return save_figure(figure, stem)
 
 
-@_styled
+@styled
 def plot_spectrum(
     stem: Path, shares: Sequence[float], null_shares: Sequence[float], title: str = "", spread: Sequence[Spread] = ()
 ) -> list[Path]:
@@ -140,7 +114,7 @@ def plot_spectrum(
         null_shares: (k,) of the random walk.
         spread: range over the tensors at each component number (x from 1), if there is one.
     """
-    figure = _figure(5, 3.2)
+    figure = new_figure(5, 3.2)
     axes = figure.subplots()
     numbers = range(1, len(shares) + 1)
     if spread:
@@ -153,11 +127,11 @@ def plot_spectrum(
     positive = [value for value in (*shares, *null_shares) if value > 0]
     axes.set_ylim(max(1e-6, min(positive, default=1e-6) / 2), 1.5)
     axes.legend()
-    _label(figure, "component", "share of variance", title)
-    return _save(figure, stem)
+    label_figure(figure, "component", "share of variance", title)
+    return save_figure(figure, stem)
 
 
-@_styled
+@styled
 def plot_r2_by_layer(
     stem: Path, values: Mapping[str, Mapping[int, float]], title: str = "$R^2$ of the line", null: float | None = None
 ) -> list[Path]:
@@ -176,7 +150,7 @@ def plot_r2_by_layer(
     if not layers:
         raise ValueError("no tensor to plot")
     grid = [[by_layer.get(layer, float("nan")) for layer in layers] for by_layer in values.values()]
-    figure = _figure(max(4.5, 2.6 + 0.24 * len(layers)), max(2.2, 1.1 + 0.24 * len(values)))
+    figure = new_figure(max(4.5, 2.6 + 0.24 * len(layers)), max(2.2, 1.1 + 0.24 * len(values)))
     axes = figure.subplots()
     image = axes.imshow(grid, aspect="auto", cmap="viridis", vmax=1.0)
     axes.set_yticks(range(len(values)), list(values))
@@ -185,11 +159,11 @@ def plot_r2_by_layer(
     axes.set_xticks(shown, ["-" if layers[i] < 0 else str(layers[i]) for i in shown])
     figure.colorbar(image, ax=axes)
     beside = "" if null is None or not isfinite(null) else f" (random walk: {null:.3f})"
-    _label(figure, "layer", "", f"{title}{beside}")
-    return _save(figure, stem)
+    label_figure(figure, "layer", "", f"{title}{beside}")
+    return save_figure(figure, stem)
 
 
-@_styled
+@styled
 def plot_backtest(
     stem: Path,
     series: Mapping[str, Sequence[Spread]],
@@ -203,17 +177,17 @@ def plot_backtest(
             for each prefix. Below 1 the prediction is nearer to the truth than that checkpoint.
         xlabel: what `x` of the series is.
     """
-    figure = _figure(5.5, 3.5)
+    figure = new_figure(5.5, 3.5)
     axes = figure.subplots()
     _draw_spreads(axes, series)
     axes.axhline(1.0, color=NULL, linestyle="--", linewidth=1, label="hold the last observed")
     axes.set_yscale("log")
     axes.legend(fontsize=8)
-    _label(figure, xlabel, "error relative to holding", title)
-    return _save(figure, stem)
+    label_figure(figure, xlabel, "error relative to holding", title)
+    return save_figure(figure, stem)
 
 
-@_styled
+@styled
 def plot_horizon(
     stem: Path,
     series: Mapping[str, Sequence[Score]],
@@ -226,7 +200,7 @@ def plot_horizon(
     Args:
         baseline: the last observed checkpoint: what every candidate has to beat.
     """
-    figure = _figure(5.5, 3.5)
+    figure = new_figure(5.5, 3.5)
     axes = figure.subplots()
     if baseline is not None:
         axes.axhline(baseline.score, color=NULL, linestyle="--", linewidth=1, label=f"observed, step {baseline.step:g}")
@@ -243,11 +217,11 @@ def plot_horizon(
         )
     if axes.get_legend_handles_labels()[1]:
         axes.legend(fontsize=8)
-    _label(figure, "predicted step", ylabel, title)
-    return _save(figure, stem)
+    label_figure(figure, "predicted step", ylabel, title)
+    return save_figure(figure, stem)
 
 
-@_styled
+@styled
 def plot_alignment(
     stem: Path, cosine: Mapping[str, Sequence[Spread]], ratio: Mapping[str, Sequence[Spread]], title: str = ""
 ) -> list[Path]:
@@ -257,15 +231,15 @@ def plot_alignment(
         cosine: method -> mean cosine over the tensors (and range) at each true step.
         ratio: method -> |predicted delta| / |true delta|, likewise.
     """
-    figure = _figure(8, 3.2)
+    figure = new_figure(8, 3.2)
     both = figure.subplots(1, 2)
     for axes, series, name in zip(both, (cosine, ratio), ("cosine to the true delta", "norm ratio"), strict=True):
         _draw_spreads(axes, series)
         axes.axhline(1.0, color=NULL, linestyle="--", linewidth=1)
         axes.set_title(name)
     both[0].legend(fontsize=8)
-    _label(figure, "training step", "", title)
-    return _save(figure, stem)
+    label_figure(figure, "training step", "", title)
+    return save_figure(figure, stem)
 
 
 def _draw_spreads(axes: Any, series: Mapping[str, Sequence[Spread]]) -> None:
@@ -274,27 +248,3 @@ def _draw_spreads(axes: Any, series: Mapping[str, Sequence[Spread]]) -> None:
         low, high = [point.low for point in points], [point.high for point in points]
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.plot(x, [point.middle for point in points], "o-", color=colour, markersize=4, label=name)
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _label(figure: Any, xlabel: str, ylabel: str, title: str) -> None:
-    for write, text, size in (
-        (figure.supxlabel, xlabel, 9),
-        (figure.supylabel, ylabel, 9),
-        (figure.suptitle, title, 10),
-    ):
-        if text:
-            write(text, fontsize=size)
-
-
-def _save(figure: Any, stem: Path) -> list[Path]:
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    paths = [stem.with_name(stem.name + suffix) for suffix in SUFFIXES]
-    for path in paths:
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-    return paths

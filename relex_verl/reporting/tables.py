@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from html import escape
 from math import isfinite
 
-__all__ = ["Cell", "cell", "short", "table"]
+__all__ = ["Cell", "cell", "count", "duration", "short", "table"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,18 @@ def short(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if isfinite(value) else "-"
     return "-" if value is None else str(value)
+
+
+def count(number: int, what: str) -> str:
+    """A number of things, in words."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, as few digits as say it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def table(

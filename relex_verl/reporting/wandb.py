@@ -6,6 +6,7 @@ from typing import Any
 
 from relex_verl.reporting.findings import CutReport
 from relex_verl.reporting.provenance import Provenance
+from relex_verl.reporting.timeline import timeline_rows
 
 __all__ = ["UPLOAD_LIMIT", "log_cut"]
 
@@ -32,6 +33,7 @@ def log_cut(wandb: Any, report: CutReport, figures: Mapping[str, Path]) -> None:
     tables = {
         "tensors": report.fits.tensors,
         "candidates": [{k: v for k, v in vars(row).items() if k != "metrics"} for row in report.validation_scores],
+        "cuts": timeline_rows(report),
         "screened_out": [{"method": method, "reason": why} for method, why in report.screened_out.items()],
     }
     logged = {f"relex/{name}": _wandb_table(wandb, rows) for name, rows in tables.items() if rows}

@@ -12,6 +12,7 @@ from relex_verl.reporting.figures import horizon_figure
 from relex_verl.reporting.findings import CutReport, Findings, Predicted
 from relex_verl.reporting.page import write_html
 from relex_verl.reporting.provenance import Provenance, versions
+from relex_verl.reporting.timeline import timeline_figure
 from relex_verl.run.cut import Verdict
 from relex_verl.run.output import OutputFolder
 from relex_verl.run.schedule import Schedule
@@ -52,7 +53,7 @@ def report(
     """
     won, following = verdict.advice.action == "stop", schedule.after(verdict.advice)
     rows = verdict.rows(t_cut)
-    scoring = schedule.scoring(rows)
+    scoring, since = schedule.scoring(rows), schedule.earlier[-1].t_cut if schedule.earlier else 0
     return CutReport(
         t_cut=t_cut,
         observed_steps=findings.steps,
@@ -71,6 +72,7 @@ def report(
         single_steps=schedule.kind.keeps_rows,
         origin_step=findings.origin_step,
         scoring=scoring if scoring.validations else None,
+        rewards={str(step): value for step, value in verdict.rewards.items() if step >= since} or None,
     )
 
 
@@ -102,6 +104,8 @@ def show(
             "drawing the scores", lambda: horizon_figure(output.path / "figures", report.validation_scores)
         )
         figures |= {} if picture is None else {"scores": picture}
+    story = attempt("drawing the cuts so far", lambda: timeline_figure(output.path / "figures", report))
+    figures |= {} if story is None else {"timeline": story}
     for folder in (output.cut(t_cut), output.path):
         attempt("writing report.html", partial(write_html, folder / "report.html", report, figures))
     if "wandb" in loggers:

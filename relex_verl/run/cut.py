@@ -30,6 +30,7 @@ class Verdict:
         search_scores: folder name -> score on the half of the prompts that the search saw.
         screened_out: method -> why it was not scored.
         jump: metrics of a run that jumps, see `jump.carry_out`.
+        rewards: training step -> mean reward, as the host knows them.
     """
 
     advice: Advice
@@ -38,6 +39,7 @@ class Verdict:
     search_scores: dict[str, float] = field(default_factory=dict)
     screened_out: dict[str, str] = field(default_factory=dict)
     jump: dict[str, float] = field(default_factory=dict)
+    rewards: dict[int, float] = field(default_factory=dict)
 
     @property
     def winner(self) -> Prediction | None:
@@ -115,7 +117,7 @@ def decide(
         share: of alpha that this cut may spend, see `advice.alpha_share`.
         jumps: of a run that jumps; None for any other.
     """
-    verdict = Verdict(unscored("no validation"))
+    verdict = Verdict(unscored("no validation"), rewards=dict(host.relex_rewards))
     try:
         methods, verdict.screened_out = screen(findings.backtests, findings.drift, findings.agreement)
         for method, reason in verdict.screened_out.items():

@@ -174,6 +174,10 @@ class JumpingEngine(Engine, Protocol):
 class Host(Protocol):
     """What a trainer lends to a cut."""
 
+    @property
+    def relex_rewards(self) -> Mapping[int, float]:
+        """Training step -> mean reward of its samples, of the steps that this process has trained and logged."""
+
     def relex_validate(self, weights: Weights, metric: str | None, timeout: float) -> Validation: ...
 
     def relex_restore(self) -> None: ...

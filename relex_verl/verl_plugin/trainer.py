@@ -26,6 +26,7 @@ __all__ = ["RelexColocateAsync", "RelexSeparateAsync", "RelexSync"]
 # What a given-up validation leaves is waited for so long: after its requests were aborted only rewards and further turns
 # of conversations are under way. verl's own validation waits, too, and training with it.
 SETTLE_SECONDS = 60.0
+REWARD = "critic/score/mean"  # verl's, before any penalty
 
 
 class _RelexTrainerMixin:
@@ -56,6 +57,7 @@ class _RelexTrainerMixin:
         self._relex_call = RolloutCalls(self.relex.config.rollout_timeout_s)
         self._relex_probe: Probe | None = None
         self._relex_lost: set[str] = set()  # prompts of given-up validations that were waited for in vain
+        self.relex_rewards: dict[int, float] = {}
         self._relex_saved_step = 0  # step of the last checkpoint, this run's or the one that it resumed from
         with open_dict(config):
             config.trainer.v1.trainer_mode = self.verl_mode
@@ -109,6 +111,11 @@ class _RelexTrainerMixin:
                 scored = self.relex.on_rollout_ready(self.global_steps, self)
             # verl merges these into the step's metrics; separate_async has just assigned its own.
             self._pending_sync_metrics = {**(getattr(self, "_pending_sync_metrics", None) or {}), **scored}
+
+    def _compute_metrics(self, batch: Any, metrics: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        super()._compute_metrics(batch, metrics, *args, **kwargs)  # type: ignore[misc]
+        if REWARD in metrics:
+            self.relex_rewards[self.global_steps] = float(metrics[REWARD])
 
     def _save_checkpoint(self) -> None:
         self.relex.on_save(self.global_steps)

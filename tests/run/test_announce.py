@@ -85,8 +85,9 @@ def test_a_cut_is_shown_at_the_top_and_kept_by_itself(tmp_path: Path, verdict: V
     shown(tmp_path, verdict, {})
     kept = tmp_path / "scores" / f"cut_{CUT}"
     assert (tmp_path / "report.html").read_text() == (kept / "report.html").read_text()
-    assert check_page(kept / "report.html") == 1
-    check_png(tmp_path / "figures" / "scores.png")
+    assert check_page(kept / "report.html") == 2
+    for name in ("scores", "timeline"):
+        check_png(tmp_path / "figures" / f"{name}.png")
     names = {"observed-step_4", "relex-step_20", "relex-step_40"}
     assert {path.stem for path in kept.glob("*.json")} == names
 
@@ -115,6 +116,7 @@ def test_a_part_that_fails_takes_no_other_with_it(
         shown(tmp_path, verdict, {"wandb": wandb})
     assert (tmp_path / "report.html").exists()
     assert wandb.logged
-    (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert warning.message == "RELEX: drawing the scores failed; the decision stands"
-    assert warning.exc_info
+    warnings = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    parts = ("drawing the scores", "drawing the cuts so far")
+    assert [one.message for one in warnings] == [f"RELEX: {part} failed; the decision stands" for part in parts]
+    assert all(one.exc_info for one in warnings)

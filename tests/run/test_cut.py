@@ -2,7 +2,7 @@
 
 import logging
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -31,6 +31,8 @@ def verdict_of(host: Any, findings: Findings = FOUND, config: RelexConfig = CONF
 
 class Fixed:
     """A trainer that gives the observed weights one score a prompt, all predictions another."""
+
+    relex_rewards: ClassVar[dict[int, float]] = {}
 
     def __init__(self, hold: dict[str, float], candidate: dict[str, float], overall: float | None = None) -> None:
         self.hold, self.candidate, self.overall = hold, candidate, overall

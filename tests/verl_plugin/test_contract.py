@@ -69,6 +69,7 @@ PYTHON = {"__name__", "__class__", "__dict__"}  # of every object
 # Names that every mode's trainer has: overridden, called or read.
 TRAINER = {
     "__init__": "(self, config)",
+    "_compute_metrics": "(self, batch, metrics, timing_raw, global_steps, epoch)",
     "_dump_generations": "(self, inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path)",
     "_init_dataloader": "(self)",
     "_init_resource_pool_mgr": "(self)",
