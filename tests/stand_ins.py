@@ -1,7 +1,7 @@
 """Stand-ins for what surrounds the driver's decisions: the ranks and the trainer."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import nan
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,7 +113,7 @@ class Host:
     """A trainer that validates by a table: probability of a right answer by step, that of the observed weights at `cut`.
 
     Attributes:
-        asked: weights that were validated, in this order.
+        asked: weights that were validated, in this order; places: on which rows, None for all.
         done: "restore" and "end", in the order of the calls.
     """
 
@@ -121,20 +121,25 @@ class Host:
         self.quality, self.cut, self.fails = quality, cut, fails
         self.asked: list[Prediction | str] = []
         self.metrics: list[str | None] = []
+        self.places: list[Collection[int] | None] = []
         self.done: list[str] = []
         self.relex_rewards = {step: 0.1 * step for step in range(1, cut)}
 
-    def relex_validate(self, weights: Prediction | str, metric: str | None, timeout: float) -> Validation:
+    def relex_validate(
+        self, weights: Prediction | str, metric: str | None, timeout: float, places: Collection[int] | None = None
+    ) -> Validation:
         self.asked.append(weights)
+        self.places.append(places)
         self.metrics.append(metric)
         if self.fails is not None:
             raise self.fails
         target = weights.target if isinstance(weights, Prediction) else self.cut
         nearest = min(self.quality, key=lambda known: abs(known - target))
         hard = torch.rand(len(PROMPTS), generator=torch.Generator().manual_seed(0)).tolist()
-        samples = {p: [float(h < self.quality[nearest])] for p, h in zip(PROMPTS, hard, strict=True)}
+        rows = [i for i in range(len(PROMPTS)) if places is None or i in places]
+        samples = {PROMPTS[i]: [float(hard[i] < self.quality[nearest])] for i in rows}
         score = sum(one[0] for one in samples.values()) / len(samples)
-        return Validation({METRIC: score}, METRIC, samples, 1.0)
+        return Validation({METRIC: score}, METRIC, samples, 1.0, places={PROMPTS[i]: [i] for i in rows})
 
     def relex_restore(self) -> None:
         self.done.append("restore")

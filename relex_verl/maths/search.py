@@ -7,10 +7,14 @@ scores and steps only.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
+from statistics import fmean, stdev
+from typing import TypeVar
 
 from relex_verl.maths.extrapolators import METHODS
 
-__all__ = ["MAX_HORIZON", "Candidate", "next_target", "screen", "search"]
+__all__ = ["MAX_HORIZON", "Candidate", "contenders", "next_target", "screen", "search"]
+
+Name = TypeVar("Name")
 
 # The paper goes to 20 times the prefix. Beyond this many the line has left the data behind.
 MAX_HORIZON = 25.0
@@ -141,3 +145,26 @@ def search(
                 tried[method][target] = score(method, target)
                 scored.append(Candidate(method, target, tried[method][target]))
     return scored
+
+
+def contenders(scores: Mapping[Name, Mapping[str, float]]) -> list[Name]:
+    """Which candidates the prompts so far do not tell from the best: within a standard error of the paired difference.
+
+    A round of successive halving (Jamieson and Talwalkar, arXiv:1502.07943) in which the spread, not a share, decides who
+    goes on: where one is far ahead no more prompts are spent.
+
+    Args:
+        scores: candidate -> prompt -> score, on the same prompts.
+
+    Returns:
+        The best first; of equal ones the one that came first.
+    """
+    means = {name: fmean(of.values()) for name, of in scores.items()}
+    order = sorted(means, key=lambda name: -means[name])
+    left = []
+    for name in order:
+        behind = [score - scores[name][prompt] for prompt, score in scores[order[0]].items()]
+        error = stdev(behind) / sqrt(len(behind)) if len(behind) > 1 else 0.0
+        if fmean(behind) <= error:
+            left.append(name)
+    return left

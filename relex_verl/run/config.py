@@ -42,6 +42,8 @@ class RelexConfig:
         score_metric: the validation metric to decide on, "val-core/<data source>/<variable>/mean@<n>"; null takes the
             core metric of the first data source.
         max_candidates: validations that a cut may spend on predictions, besides the one of the last observed weights.
+        search_prompts: prompts that a candidate is first scored on; those that are not told apart are scored on twice as
+            many, and so on, and the winner on all. null for all at once.
         confidence: level of the paired test that a prediction has to pass, for all cuts of a run together.
         validation_timeout_s: seconds after which a validation counts as failed.
         rollout_timeout_s: seconds that the rollout may take to fall asleep, or to take weights, when RELEX asks it to; one
@@ -72,6 +74,7 @@ class RelexConfig:
     validate_targets: bool = True
     score_metric: str | None = None
     max_candidates: int = 6
+    search_prompts: int | None = None
     confidence: float = 0.95
     validation_timeout_s: float = 3600.0
     rollout_timeout_s: float = 1800.0
@@ -101,7 +104,8 @@ class RelexConfig:
         values: dict[str, Any] = {key: list(value) if is_list(value) else value for key, value in node.items()}
         config = cls(**values)
         config._check()
-        whole = {key: int(getattr(config, key)) for key in ("rank", "fit_from", "max_candidates", "sketch_size")}
+        keys = ("rank", "fit_from", "max_candidates", "search_prompts", "sketch_size")
+        whole = {key: int(getattr(config, key)) for key in keys if getattr(config, key) is not None}
         return replace(config, **whole)  # type: ignore[arg-type]  # 2.0 is a whole number, but no index
 
     def _check(self) -> None:
@@ -161,6 +165,9 @@ class RelexConfig:
             raise ConfigError("relex.score_metric", self.score_metric, cure)
         if not is_whole(self.max_candidates) or self.max_candidates < 1:
             raise ConfigError("relex.max_candidates", self.max_candidates, "give a whole number, 1 or more")
+        if self.search_prompts is not None:
+            cure = "give null for all prompts, or a whole number, 8 or more"
+            whole("relex.search_prompts", self.search_prompts, 8, cure)
         if not is_number(self.confidence) or not 0.5 <= self.confidence < 1:
             raise ConfigError("relex.confidence", self.confidence, "give a level from 0.5 to below 1, e.g. 0.95")
         for key in ("validation_timeout_s", "rollout_timeout_s"):

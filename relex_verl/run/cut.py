@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from relex_verl.maths.advice import Advice, Scores, advise, decides, unscored
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.maths.harm import judge_jump, judge_undo
-from relex_verl.maths.search import screen, search
+from relex_verl.maths.search import contenders, screen, search
 from relex_verl.reporting.findings import Findings, Scored
 from relex_verl.run.config import RelexConfig
 from relex_verl.run.plan import NEAREST_JUMP, Plan
@@ -169,16 +169,19 @@ class _Scoring:
             if not jumps.allowed:
                 return Advice("keep_training", None, f"Keep training: no jump is left at step {plan.t_cut}")
 
+        first = searched[: config.search_prompts]
+        places = None if config.search_prompts is None else hold.places_of(first)
+
         def score(method: str, target: int) -> float:
             prediction = self._prediction(method, target)
             count = f" ({len(verdict.scored) + 1} of at most {config.max_candidates})"
             # By the metric of the observed weights, whichever the configuration left open.
-            validation = self._validate(prediction.folder_name, prediction, hold.metric, count)
+            validation = self._validate(prediction.folder_name, prediction, hold.metric, count, places)
             verdict.scored.append((prediction, validation))
-            verdict.search_scores[prediction.folder_name] = search_score = validation.mean(searched)
+            verdict.search_scores[prediction.folder_name] = search_score = validation.mean(first)
             return search_score
 
-        noise = hold.standard_error(searched)
+        noise, held = hold.standard_error(first), hold.mean(first)
         nearest = 1.0 if jumps is None else NEAREST_JUMP
         candidates = search(
             score, methods, plan.targets, plan.t_cut, held, config.max_candidates, noise, origin_step, nearest
@@ -187,10 +190,42 @@ class _Scoring:
             return unscored("no method is left to score")
         best = max(candidates, key=lambda candidate: candidate.score)
         prediction = self._prediction(best.method, best.target)
+        if places is not None:
+            prediction = self._narrowed(searched, len(first))
         validation = next(validation for scored, validation in verdict.scored if scored == prediction)
         if jumps is not None:
             return judge_jump(prediction, validation, hold, plan.t_cut, config.jump_confidence)
         return advise(prediction, validation, hold, plan.t_cut, config.confidence, share)
+
+    def _narrowed(self, searched: list[str], known: int) -> Prediction:
+        """The best of the candidates, which were scored on `known` prompts of the search; it is scored on all then."""
+        hold, scored = self.verdict.hold, self.verdict.scored
+        assert hold is not None
+        left = [prediction for prediction, _ in scored]
+        while True:
+            chosen = [prompt for prompt in searched[:known] if all(prompt in v.prompts for p, v in scored if p in left)]
+            left = contenders({p: {one: v.prompts[one] for one in chosen} for p, v in scored if p in left})
+            if len(left) == 1 or known >= len(searched):
+                break
+            for prediction in left:
+                self._add(prediction, searched[known : 2 * known], searched)
+            known *= 2
+        validation = next(validation for prediction, validation in scored if prediction == left[0])
+        self._add(left[0], [prompt for prompt in hold.prompts if prompt not in validation.prompts], searched)
+        return left[0]
+
+    def _add(self, prediction: Prediction, prompts: list[str], searched: list[str]) -> None:
+        """Score a candidate on more prompts."""
+        verdict = self.verdict
+        assert verdict.hold is not None
+        if not prompts:
+            return
+        i = next(i for i, (scored, _) in enumerate(verdict.scored) if scored == prediction)
+        name, metric = prediction.folder_name, verdict.hold.metric
+        places = verdict.hold.places_of(prompts)
+        more = self._validate(name, prediction, metric, f" on {len(prompts)} more prompts", places)
+        verdict.scored[i] = prediction, verdict.scored[i][1].with_more(more)
+        verdict.search_scores[name] = verdict.scored[i][1].mean(searched)
 
     def _fallen_behind(self, now: Validation, jumps: Jumps) -> Advice | None:
         if jumps.undoable is None or jumps.before is None:
@@ -200,8 +235,10 @@ class _Scoring:
     def _prediction(self, method: str, target: int) -> Prediction:
         return Prediction(method, target, self.config.rank, self.config.fit_from)
 
-    def _validate(self, name: str, weights: Weights, metric: str | None, count: str = "") -> Validation:
+    def _validate(
+        self, name: str, weights: Weights, metric: str | None, count: str = "", places: set[int] | None = None
+    ) -> Validation:
         logger.info("RELEX: scoring %s%s", name, count)
-        validation = self.host.relex_validate(weights, metric, self.config.validation_timeout_s)
+        validation = self.host.relex_validate(weights, metric, self.config.validation_timeout_s, places)
         logger.info("RELEX: %s scores %.3f (%.0f s)", name, validation.score, validation.seconds)
         return validation

@@ -2,7 +2,7 @@
 
 import functools
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -178,7 +178,9 @@ class Host(Protocol):
     def relex_rewards(self) -> Mapping[int, float]:
         """Training step -> mean reward of its samples, of the steps that this process has trained and logged."""
 
-    def relex_validate(self, weights: Weights, metric: str | None, timeout: float) -> Validation: ...
+    def relex_validate(
+        self, weights: Weights, metric: str | None, timeout: float, places: Collection[int] | None = None
+    ) -> Validation: ...
 
     def relex_restore(self) -> None: ...
 

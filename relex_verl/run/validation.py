@@ -1,7 +1,7 @@
 """One validation of some weights: its metrics, and the score of every prompt and sample."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import sqrt
 from statistics import fmean, stdev
@@ -24,6 +24,7 @@ class Validation:
         seconds: what it cost, the update of the rollout's weights included.
         asked_for: samples that were to be generated, those of other data sources and those that never came back included;
             None where they are no more than `samples`.
+        places: prompt -> its rows' places in the validation set, by which it can be asked for alone.
     """
 
     metrics: dict[str, float]
@@ -31,6 +32,7 @@ class Validation:
     samples: dict[str, list[float]]
     seconds: float
     asked_for: int | None = None
+    places: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def generated(self) -> int:
@@ -46,6 +48,21 @@ class Validation:
     def prompts(self) -> dict[str, float]:
         """Prompt -> score, the mean over its samples."""
         return {prompt: fmean(scores) for prompt, scores in self.samples.items()}
+
+    def with_more(self, other: "Validation") -> "Validation":
+        """Together with another one of the same weights, on other prompts. Of the metrics only the deciding one is left."""
+        samples = self.samples | other.samples
+        score = fmean(fmean(scores) for scores in samples.values())
+        seconds, generated = self.seconds + other.seconds, self.generated + other.generated
+        return Validation({self.metric: score}, self.metric, samples, seconds, generated, self.places | other.places)
+
+    def places_of(self, prompts: Sequence[str]) -> set[int]:
+        """Places of their rows in the validation set.
+
+        Raises:
+            KeyError: the host has not told them.
+        """
+        return {place for prompt in prompts for place in self.places[prompt]}
 
     def mean(self, prompts: Sequence[str]) -> float:
         """Mean score of those of the prompts that came back."""

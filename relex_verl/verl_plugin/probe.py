@@ -37,6 +37,7 @@ class Probe:
         expected: (data source, uid) -> number of samples asked for, also of prompts that never came back, in the order in
             which the rows left the dataloader.
         marks: what to add to the text of each row, in that order, so that it names the row; see `rows.WatchedRows`.
+        places: of each row among all of the validation set, in that order; where not given, they are all of them.
     """
 
     first_source: str
@@ -46,6 +47,7 @@ class Probe:
     values: dict[str, list[Any]] = field(default_factory=dict)
     expected: dict[tuple[str, str], int] = field(default_factory=dict)
     marks: list[str] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
 
     def validation(self, metrics: Mapping[str, float], metric: str | None, seconds: float) -> Validation:
         """What is kept.
@@ -67,10 +69,12 @@ class Probe:
         source, variable = metric.split("/", 1)[1].rsplit("/", 2)[:2]
         if variable not in self.values:
             raise ValueError(f"relex.score_metric={metric}: no sample carries {variable}")
-        values, samples = {name: float(value) for name, value in metrics.items()}, self._samples(source, variable)
-        return Validation(values, metric, samples, seconds, sum(self.expected.values()))
+        values = {name: float(value) for name, value in metrics.items()}
+        samples, places = self._samples(source, variable)
+        return Validation(values, metric, samples, seconds, sum(self.expected.values()), places)
 
-    def _samples(self, source: str, variable: str) -> dict[str, list[float]]:
+    def _samples(self, source: str, variable: str) -> tuple[dict[str, list[float]], dict[str, list[int]]]:
+        """Prompt -> score of each sample, and the places of its rows."""
         scores: dict[str, list[float]] = defaultdict(list)
         texts: dict[str, str] = {}
         for text, uid, where, value in zip(self.inputs, self.uids, self.sources, self.values[variable], strict=True):
@@ -84,10 +88,14 @@ class Probe:
         if len(self.marks) != len(self.expected):
             raise ValueError(f"{len(self.marks)} rows left the dataloader, verl asked for {len(self.expected)} prompts")
         mark_of = {uid: mark for (_, uid), mark in zip(self.expected, self.marks, strict=True)}
+        places = self.places or range(len(self.expected))
+        place_of = {uid: place for (_, uid), place in zip(self.expected, places, strict=True)}
         by_prompt: dict[str, list[float]] = defaultdict(list)
+        rows: dict[str, list[int]] = defaultdict(list)
         for uid in whole:
             by_prompt[texts[uid] + mark_of[uid]] += scores[uid]  # a prompt may stand in the set twice
-        return dict(by_prompt)
+            rows[texts[uid] + mark_of[uid]].append(place_of[uid])
+        return dict(by_prompt), dict(rows)
 
 
 def core_metric(metrics: Mapping[str, float], source: str) -> str:

@@ -7,7 +7,7 @@ come back as one text. The rows pass here on their way out of the dataloader, in
 import hashlib
 import pickle
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,38 +20,57 @@ FIELDS = ("data_source", "raw_prompt", "reward_model")
 
 
 class WatchedRows:
-    """A dataloader that notes what passes.
+    """A dataloader that notes what passes, and may hold rows back.
 
     Attributes:
-        digests: of each row that has passed, in order.
+        digests: of each row of the loader, in order.
+        places: in that order, of the rows that were let pass.
     """
 
-    def __init__(self, loader: Iterable[Mapping[str, Any]]) -> None:
-        """Nothing has passed yet."""
-        self._loader = loader
+    def __init__(self, loader: Iterable[Mapping[str, Any]], wanted: Collection[int] | None = None) -> None:
+        """Nothing has passed yet.
+
+        Args:
+            loader: verl's.
+            wanted: places of the rows to let pass; None for all.
+        """
+        self._loader, self._wanted = loader, wanted
         self._texts: list[str] = []
         self.digests: list[str] = []
+        self.places: list[int] = []
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         for batch in self._loader:
-            fields = [name for name in FIELDS if name in batch]
+            fields, first = [name for name in FIELDS if name in batch], len(self.digests)
             for i in range(len(batch["raw_prompt"])):
                 self.digests.append(_digest({name: batch[name][i] for name in fields}))
                 self._texts.append(_digest(_text_only(batch["raw_prompt"][i])))
-            yield batch
+            chosen = [i for i in range(len(batch["raw_prompt"])) if self._wanted is None or first + i in self._wanted]
+            self.places += [first + i for i in chosen]
+            if len(chosen) == len(batch["raw_prompt"]):
+                yield batch
+            elif chosen:
+                yield {name: _rows(column, chosen) for name, column in batch.items()}
 
     def marks(self) -> list[str]:
-        """What to add to each row's text so that it names the row: nothing, as long as the text alone does.
+        """What to add to the text of each row that passed so that it names the row: nothing, as long as the text does.
 
-        Rows of the same content get the same mark: a prompt may stand in the set twice.
+        Rows of the same content get the same mark: a prompt may stand in the set twice. Rows that were held back take part:
+        a row has the same name whichever others pass.
         """
         digests_of: dict[str, set[str]] = defaultdict(set)
         for text, digest in zip(self._texts, self.digests, strict=True):
             digests_of[text].add(digest)
-        return [
+        marks = [
             f" [row {digest[:16]}]" if len(digests_of[text]) > 1 else ""
             for text, digest in zip(self._texts, self.digests, strict=True)
         ]
+        return [marks[place] for place in self.places]
+
+
+def _rows(column: Any, chosen: Sequence[int]) -> Any:
+    """Some rows of a column of verl's batch: a tensor, an array of objects, or a list."""
+    return column[list(chosen)] if isinstance(column, (torch.Tensor, np.ndarray)) else [column[i] for i in chosen]
 
 
 def _text_only(messages: Any) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """verl's three trainers with RELEX's hooks. They lend what only a trainer has; the callback makes the decisions."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import ray
@@ -131,13 +131,16 @@ class _RelexTrainerMixin:
 
     # What a validation of other weights needs
 
-    def relex_validate(self, weights: Weights, metric: str | None, timeout: float) -> Validation:
+    def relex_validate(
+        self, weights: Weights, metric: str | None, timeout: float, places: Collection[int] | None = None
+    ) -> Validation:
         """verl's validation of other weights than the actor's. The rollout keeps them until `relex_restore`.
 
         Args:
             weights: a prediction, or "observed" for the actor's own along the same path.
             metric: the metric that is decided on, None for verl's core metric of the first data source.
             timeout: seconds.
+            places: of the rows of the validation set to ask for; None for all.
 
         Raises:
             ValidationTimeout, ValueError: it hung, or there was nothing to validate on.
@@ -149,7 +152,7 @@ class _RelexTrainerMixin:
         with same_random_state(loader), deadline(self.replay_buffer, timeout) as check:
             self._relex_drain(check)
             self._relex_probe = probe = Probe(str(self.val_dataset[0].get("data_source", "unknown")))
-            self.val_dataloader = rows = WatchedRows(loader)
+            self.val_dataloader = rows = WatchedRows(loader, places)
             try:
                 self.relex.substitute(weights)
                 self._relex_call("falling asleep", self._relex_sleep)
@@ -163,7 +166,7 @@ class _RelexTrainerMixin:
                 self._relex_probe, self.val_dataloader = None, loader
                 if self._relex_call.silent is None:  # else the ranks may be waiting in the update that was given up
                     self.relex.substitute(None)
-        probe.marks = rows.marks()
+        probe.marks, probe.places = rows.marks(), rows.places
         return probe.validation(metrics, metric, time.perf_counter() - start)
 
     def relex_restore(self) -> None:
@@ -257,11 +260,13 @@ class RelexSeparateAsync(_RelexTrainerMixin, PPOTrainerSeparateAsync):
     actor_worker = RelexDetachActorWorker
     _relex_mode_before: HybridEngineMode | None = None
 
-    def relex_validate(self, weights: Weights, metric: str | None, timeout: float) -> Validation:
+    def relex_validate(
+        self, weights: Weights, metric: str | None, timeout: float, places: Collection[int] | None = None
+    ) -> Validation:
         """As in the other modes; remembers whether the hybrid replicas were generating before the first."""
         if self._relex_mode_before is None:
             self._relex_mode_before = self.current_mode
-        return super().relex_validate(weights, metric, timeout)
+        return super().relex_validate(weights, metric, timeout, places)
 
     def relex_restore(self) -> None:
         """As in the other modes; the hybrid replicas go back to what they did before the scoring."""

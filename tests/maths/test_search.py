@@ -1,10 +1,11 @@
 """The search along the line, on curves whose best horizon is known; what the window may leave out."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relex_verl.maths.search import MAX_HORIZON, next_target, screen, search
+from relex_verl.maths.search import MAX_HORIZON, contenders, next_target, screen, search
 
 CUT = 30
 
@@ -84,3 +85,17 @@ def test_screening_names_its_reasons_and_keeps_one() -> None:
     assert "turned" in reasons["relex"]
     assert "disagree" in screen({"hold": 0.5, "relex": 0.6}, drift=0.1, agreement=0.01)[1]["relex"]
     assert screen({"relex": float("nan")}, drift=float("nan"), agreement=float("nan"))[0] == ["relex"]
+
+
+@given(st.lists(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=6, max_size=6), min_size=1, max_size=4))
+def test_who_is_told_from_the_best_is_out(scores: list[list[float]]) -> None:
+    named = {i: dict(zip("abcdef", of, strict=True)) for i, of in enumerate(scores)}
+    best = scores[max(range(len(scores)), key=lambda i: (sum(scores[i]), -i))]
+    within = set()
+    for i, of in enumerate(scores):
+        behind = torch.tensor(best, dtype=torch.float64) - torch.tensor(of, dtype=torch.float64)
+        if behind.mean() <= behind.std() / 6**0.5 + 1e-12:
+            within.add(i)
+    left = contenders(named)
+    assert set(left) == within
+    assert sum(scores[left[0]]) == sum(best)

@@ -64,6 +64,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(key, value, hint):
         ("jump_undo", ["true", 1, None]),
         ("score_metric", ["accuracy", "", "val-core/math", "val-core/math/acc/best@4", "val-core/math/acc/mean@4x", 3]),
         ("max_candidates", [0, 1.5, "6", None, INFINITY]),
+        ("search_prompts", [0, 7, 64.5, "all", INFINITY]),
         ("confidence", [0.4, 1, 1.0, "0.95", None, NAN]),
         ("validation_timeout_s", [0, -1, "60", None, NAN]),
         ("on_cut", ["jump!", None, False]),

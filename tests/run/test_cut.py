@@ -37,7 +37,9 @@ class Fixed:
     def __init__(self, hold: dict[str, float], candidate: dict[str, float], overall: float | None = None) -> None:
         self.hold, self.candidate, self.overall = hold, candidate, overall
 
-    def relex_validate(self, weights: Prediction | str, metric: str | None, timeout: float) -> Validation:
+    def relex_validate(
+        self, weights: Prediction | str, metric: str | None, timeout: float, places: Any = None
+    ) -> Validation:
         scores = self.hold if weights == "observed" else self.candidate
         mean = sum(scores.values()) / len(scores)
         score = mean if weights == "observed" or self.overall is None else self.overall
@@ -148,10 +150,10 @@ def test_every_validation_is_announced_before_it_starts(caplog: pytest.LogCaptur
 
 def test_what_was_scored_before_a_failure_is_kept() -> None:
     class FailsLater(Host):
-        def relex_validate(self, weights: Prediction | str, metric: str | None, timeout: float) -> Validation:
+        def relex_validate(self, *args: Any) -> Validation:
             if len(self.asked) == 2:
                 raise OSError("the reward server is gone")
-            return super().relex_validate(weights, metric, timeout)
+            return super().relex_validate(*args)
 
     verdict = verdict_of(FailsLater({CUT: 0.5, 20: 0.9}))
     assert verdict.advice.action == "unscored"
@@ -177,3 +179,45 @@ def test_a_screening_that_fails_is_unscored() -> None:
         verdict_of(Host({CUT: 0.5}), replace(FOUND, backtests={"relex": 0.5, "poly": None})).advice.action == "unscored"
     )
     assert verdict_of(Host({CUT: 0.5}), replace(FOUND, backtests={})).advice.action == "unscored"
+
+
+SEARCHED = [i for i, prompt in enumerate(PROMPTS) if not decides(prompt)]
+FEW = RelexConfig.from_mapping(
+    {"t_cut": CUT, "observe_every": 1, "targets": [20], "search_prompts": 32.0, "max_candidates": 2}
+)
+
+
+def test_a_search_on_few_prompts_comes_to_the_same_test_for_less() -> None:
+    quality = {CUT: 0.5, 20: 0.9, 40: 0.3, 80: 0.1}
+    everything, few = Host(quality), Host(quality)
+    whole, cheap = verdict_of(everything, config=replace(FEW, search_prompts=None)), verdict_of(few, config=FEW)
+    assert cheap.advice == whole.advice
+    assert cheap.winner is not None
+    # The observed weights, and each candidate on the first prompts of the search; then only the winner on the others.
+    first = set(SEARCHED[:32])
+    assert few.places == [None, first, first, set(range(400)) - first]
+    assert [row.prompts for row in cheap.rows(CUT)] == [400, 400, 32]
+    assert sum(row.samples or 0 for row in cheap.rows(CUT)) == 832
+    assert whole.rows(CUT)[1].score == cheap.rows(CUT)[1].score
+
+
+def test_candidates_that_are_not_told_apart_get_more_prompts_each_once() -> None:
+    host = Host({CUT: 0.5, 6: 0.9})  # whatever is predicted
+    verdict = verdict_of(host, config=FEW)
+    asked: dict[str, list[int]] = {}
+    for weights, places in zip(host.asked[1:], host.places[1:], strict=True):
+        assert isinstance(weights, Prediction)
+        assert places is not None
+        asked.setdefault(weights.folder_name, []).extend(places)
+    assert all(len(set(places)) == len(places) for places in asked.values())
+    winner = verdict.advice.target
+    assert winner is not None
+    assert sorted(asked.pop(winner.folder_name)) == list(range(400))
+    assert asked
+    assert all(sorted(places) == SEARCHED for places in asked.values())
+
+
+def test_a_host_that_does_not_know_its_rows_is_searched_on_all_or_not_at_all() -> None:
+    host = Fixed(dict.fromkeys(PROMPTS, 0.0), dict.fromkeys(PROMPTS, 1.0))
+    assert verdict_of(host).advice.action == "stop"
+    assert verdict_of(host, config=FEW).advice.action == "unscored"

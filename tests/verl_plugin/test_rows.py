@@ -81,3 +81,18 @@ def test_a_row_keeps_its_mark_however_the_set_is_shuffled(tmp_path: Path, worker
         seen.append((order, dict(zip(order, watched.marks(), strict=True))))
     assert seen[0][0] != seen[1][0]
     assert seen[0][1] == seen[1][1]
+
+
+def test_some_rows_can_be_asked_for_by_their_places(tmp_path: Path) -> None:
+    """And have the names that they have among all."""
+    rows = [row("How long is AB?", 1), row("1+1="), row("How long is AB?", 2), row("2+2="), row("3+3=")]
+    everything, some = WatchedRows(loader(tmp_path, rows)), WatchedRows(loader(tmp_path, rows), {2, 4})
+    whole = list(everything)
+    assert everything.places == [0, 1, 2, 3, 4]
+    first, second = some
+    assert (first.keys(), second.keys()) == (whole[1].keys(), whole[2].keys())
+    assert [batch["raw_prompt"][0] for batch in (first, second)] == [whole[i]["raw_prompt"][0] for i in (1, 2)]
+    assert len(first["raw_prompt"]) == len(first["data_source"]) == 1
+    assert some.places == [2, 4]
+    assert some.marks() == [everything.marks()[place] for place in (2, 4)]
+    assert some.marks()[0] != ""
