@@ -54,6 +54,19 @@ def plan(
         int,
         typer.Option(min=0, help="Configured predictions (methods x targets); the search may add one, also counted."),
     ] = 1,
+    on_cut: Annotated[
+        str,
+        typer.Option(
+            help="advise, stop or jump, as relex.on_cut. With jump no checkpoint is written, and t_cut is a window."
+        ),
+    ] = "advise",
+    max_candidates: Annotated[int, typer.Option(min=1, help="As relex.max_candidates.")] = 6,
+    validation_samples: Annotated[
+        int | None, typer.Option(min=1, help="Samples of one validation (prompts x val_kwargs.n): what do scores cost?")
+    ] = None,
+    samples_a_step: Annotated[
+        int | None, typer.Option(min=1, help="Samples of a training step (train_batch_size x rollout.n).")
+    ] = None,
     optimizer_offload: Annotated[
         bool, typer.Option("--optimizer-offload", help="The training keeps the optimizer's state on the host.")
     ] = False,
@@ -83,6 +96,8 @@ def plan(
                 "quantization": quantization,
                 "sketch_size": sketch_size,
                 "observe_every": int(observe_every) if observe_every.isdigit() else observe_every,
+                "on_cut": on_cut,
+                "max_candidates": max_candidates,
             }
         )
         workload = _workload(config, tensors, targets)
@@ -94,6 +109,7 @@ def plan(
         **_costs(shown, facts),
         **_typical(shown, facts),
         **_times(shown, facts, *bandwidths),
+        **_scoring(config, validation_samples, samples_a_step),
         # By the run's own assumptions: a smaller --change-rate is no promise that it keeps.
         **_decision(workload, facts, disk_gib),
     }
@@ -108,7 +124,9 @@ def plan(
 def _workload(config: RelexConfig, tensors: int, targets: int) -> Workload:
     """What a run with this configuration keeps, by the assumptions that it is admitted with."""
     resolved = config.plan(int(config.t_cut) + 1)
-    return Workload(config.kind, tensors, resolved.rows, resolved.observe_every, predictions_to_write(targets))
+    jump = config.on_cut == "jump"
+    written = 0 if jump else predictions_to_write(targets)
+    return Workload(config.kind, tensors, resolved.rows, resolved.observe_every, written, jump=jump)
 
 
 def _ranks(params: int, ranks: int, per_node: int, memory_gib: float | None, on_host: bool) -> list[RankFacts]:
@@ -160,6 +178,15 @@ def _times(workload: Workload, ranks: Sequence[RankFacts], memory_rate: float, d
         "seconds_an_observed_step": moved.observe / memory_rate + written / disk_rate,
         "seconds_a_prediction": moved.predict / memory_rate + predicted / disk_rate,
     }
+
+
+def _scoring(config: RelexConfig, samples: int | None, samples_a_step: int | None) -> dict[str, Any]:
+    """What the scores of a cut take at most: the observed weights and every candidate on the whole validation set."""
+    if samples is None:
+        return {}
+    most = samples * (1 + config.max_candidates)
+    steps = {} if samples_a_step is None else {"samples_scored_a_cut_in_steps": most / samples_a_step}
+    return {"samples_scored_a_cut": most, **steps}
 
 
 def _decision(workload: Workload, ranks: Sequence[RankFacts], disk_gib: float | None) -> dict[str, Any]:

@@ -51,7 +51,8 @@ class Workers:
 
 def starts(base: Path, folder: Path, relex: dict[str, Any], optimizer_on_host: bool = False) -> str:
     """Start a run up to the point where it has taken theta_0: what it says of its cost."""
-    node = {"output_dir": str(folder), "targets": [100, 200], "methods": METHODS, **relex}
+    targets = {} if relex.get("on_cut") == "jump" else {"targets": [100, 200]}
+    node = {"output_dir": str(folder), **targets, "methods": METHODS, **relex}
     callback = RelexCallback(RelexConfig.from_mapping(node), RunFacts(str(base), "p", "e"))
     workers = Workers(base, optimizer_on_host)
     callback.on_length_known(TOTAL)
@@ -66,11 +67,13 @@ def options(base: Path, relex: dict[str, Any], **others: Any) -> list[Any]:
     return [part for key, value in given.items() for part in (f"--{key.replace('_', '-')}", value)]
 
 
-@pytest.mark.parametrize("encoding", ENCODED)
+JUMP = {"on_cut": "jump", "t_cut": 20}
+
+
+@pytest.mark.parametrize(("encoding", "relex"), [*ENCODED.items(), ("fp32-int8", JUMP)])
 def test_the_run_takes_what_plan_says_to_the_byte(
-    encoding: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    encoding: str, relex: dict[str, Any], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    relex = ENCODED[encoding]
     planned = json_of("plan", *options(base, relex))
     assert (planned["admitted"], planned["refusal"]) == (None, None)
     memory, disk = planned["memory_a_node"], planned["disk_trajectory"] + planned["disk_predictions"]
@@ -160,3 +163,13 @@ def test_figures_are_told_in_one_unit_and_the_decision_in_words(arguments: tuple
     said = call(*EIGHT, "--trajectory", "bf16", *arguments).stdout
     assert says in said
     assert " GB" not in said
+
+
+def test_what_the_scores_of_a_cut_take() -> None:
+    known = ("--on-cut", "jump", "--max-candidates", 5, "--validation-samples", 256)
+    planned = json_of(*EIGHT, *known, "--samples-a-step", 128)
+    assert planned["samples_scored_a_cut"] == 6 * 256
+    assert planned["samples_scored_a_cut_in_steps"] == 12
+    assert planned["disk_predictions"] == 0
+    assert "samples_scored_a_cut_in_steps" not in json_of(*EIGHT, *known)
+    assert call(*EIGHT, "--on-cut", "leap").exit_code != 0
