@@ -7,10 +7,12 @@ from pathlib import Path
 import transformers
 from rich.console import Console
 
+from study import jumping, through_verl
 from study.agreement import compare_with_verl
 from study.grid import FULL, QUICK, Grid, Run
+from study.jump_report import jump_tables
 from study.quantization import quantization_run
-from study.report import PAGE, write_report
+from study.report import PAGE, fill, write_report
 from study.score import planned_scores, score_run
 from study.sketches import sketch_run
 from study.task import load_model
@@ -23,6 +25,7 @@ def arguments_of() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="recipes/study/run.sh", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / ".cache", help="working folder")
     parser.add_argument("--quick", action="store_true", help="a tiny grid, to see that everything runs (minutes)")
+    parser.add_argument("--jump", action="store_true", help="the study of jumps: what RESULTS.md says under Jumps")
     parser.add_argument("--keep", action="store_true", help="keep the recorded trajectories after they were scored")
     parser.add_argument("--publish", action="store_true", help="copy the results beside RESULTS.md, fill in its tables")
     parser.add_argument("--phase", choices=["train", "all"], default="all", help="train: stop after training")
@@ -35,6 +38,9 @@ def main() -> None:
     arguments = arguments_of()
     transformers.utils.logging.disable_progress_bar()
     grid, out = (QUICK, arguments.out / "quick") if arguments.quick else (FULL, arguments.out / "full")
+    if arguments.jump:
+        jumps(arguments)
+        return
     if arguments.dry_run:
         print(*planned(grid, out), sep="\n")
         return
@@ -46,6 +52,29 @@ def main() -> None:
         if not arguments.keep:
             for run in grid.runs():
                 forget(out, run)
+
+
+def jumps(arguments: argparse.Namespace) -> None:
+    """The plain loop's arms, then verl's own trainer; with --quick a few steps of each arm, and no trainer."""
+    grid = jumping.QUICK if arguments.quick else jumping.FULL
+    out = arguments.out.absolute() / ("jump-quick" if arguments.quick else "jump")
+    queue = [] if arguments.quick else through_verl.queue()
+    if arguments.dry_run:
+        print(
+            *(f"{run.name}: {grid.steps} training steps -> {out / 'loop' / run.name}" for run in grid.runs()), sep="\n"
+        )
+        print(*(f"{run.name}: {run.steps} steps of verl -> {out / 'verl' / run.name}" for run in queue), sep="\n")
+        return
+    base = arguments.out.absolute() / "base"
+    load_model(base)  # builds it
+    for_every_run("train", jumping.jump_run, grid.runs(), (grid, base, out / "loop"), grid.steps)
+    if arguments.phase == "all":
+        through_verl.run_queue(queue, base, out / "verl")
+    tables = jump_tables(out / "loop", out / "verl", PAGE.parent / "results" if arguments.publish else out / "results")
+    if arguments.publish:
+        fill(PAGE, tables)
+    for name, table in tables.items():
+        Console().print(f"{name}\n{table}", highlight=False)
 
 
 def planned(grid: Grid, out: Path) -> list[str]:

@@ -7,6 +7,7 @@ is clipped, and the gradient is that of -advantage * log-probability, averaged o
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import Qwen2ForCausalLM
@@ -69,6 +70,14 @@ def policy_loss(
     return -(weight * log_prob.sum(1)).sum() / token_count
 
 
+class Batch(NamedTuple):
+    """What was sampled for a step: (P, 6), (P, SAMPLES, 4), (P, SAMPLES)."""
+
+    prompts: torch.Tensor
+    responses: torch.Tensor
+    rewards: torch.Tensor
+
+
 class MasterWeights:
     """The float32 master weights, as the shards of a single process."""
 
@@ -94,23 +103,40 @@ class Grpo:
 
     def step(self) -> float:
         """Sample, score, update; returns the mean reward of the samples."""
+        batch = self.sampled()
+        policy_loss(self.policy, batch.prompts, batch.responses, advantages(batch.rewards)).backward()
+        self.update()
+        return batch.rewards.mean().item()
+
+    def sampled(self) -> Batch:
+        """The next step's samples with their rewards."""
         rows = self._next_rows()
         prompts, answers = self.train.prompts[rows], self.train.answers[rows]
         responses = sample(self.policy, prompts, self.generator)
-        rewards = (responses == answers.unsqueeze(1)).all(-1).float()
-        policy_loss(self.policy, prompts, responses, advantages(rewards)).backward()
-        self._update()
-        return rewards.mean().item()
+        return Batch(prompts, responses, (responses == answers.unsqueeze(1)).all(-1).float())
 
     @torch.no_grad()
-    def _update(self) -> None:
+    def set_master(self, flat: torch.Tensor) -> None:
+        """Set the master weights, end to end as `flat_weights` has them, and the policy to them."""
+        sizes = [tensor.numel() for tensor in self.master.tensors.values()]
+        for tensor, part in zip(self.master.tensors.values(), flat.split(sizes), strict=True):
+            tensor.copy_(part.view(tensor.shape))
+        self._follow()
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        for parameter, master in zip(self.policy.parameters(), self.master.tensors.values(), strict=True):
+            parameter.copy_(master)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One step of the optimizer with the gradients that the policy has."""
         for parameter, master in zip(self.policy.parameters(), self.master.tensors.values(), strict=True):
             master.grad = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float()
         torch.nn.utils.clip_grad_norm_(self.master.tensors.values(), 1.0)
         self.optimizer.step()
         self.policy.zero_grad()
-        for parameter, master in zip(self.policy.parameters(), self.master.tensors.values(), strict=True):
-            parameter.copy_(master)
+        self._follow()
 
     def _next_rows(self) -> torch.Tensor:
         """Every training question once before any a second time, in the seed's order."""

@@ -73,7 +73,12 @@ def write_report(grid: Grid, out: Path, page: Path | None) -> Path:
 
 
 def fill(page: Path, tables: dict[str, str]) -> None:
-    """Replace what stands between `<!-- table NAME -->` and `<!-- end -->`."""
-    pattern = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-    text = pattern.sub(lambda found: f"{found[1]}{tables[found[2]]}\n{found[3]}", page.read_text())
+    """Replace what stands between `<!-- table NAME -->` and `<!-- end -->`; tables that are not given stay as they are."""
+    pattern = re.compile(r"<!-- table (\w+) -->\n.*?<!-- end -->", re.DOTALL)
+
+    def filled(found: re.Match[str]) -> str:
+        table = tables.get(found[1])
+        return found[0] if table is None else f"<!-- table {found[1]} -->\n{table}\n<!-- end -->"
+
+    text = pattern.sub(filled, page.read_text())
     page.write_text(text)

@@ -2,16 +2,14 @@
 
 Of the 512 questions that are never trained on, every second one is the run's validation set: half of those the search
 sees, and on the other half it is decided. The rest is seen by nothing, and is what the accuracies are of.
-`python -m study.through_verl --out DIR` goes through the queue one run at a time; a run that is done is skipped.
 """
 
-import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,20 +173,9 @@ def measure(run: VerlRun, base: Path, out: Path, scorer: Scorer) -> None:
     write_json(folder / "run.json", record)
 
 
-def main() -> None:
-    """The queue, or the part of it that was asked for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / ".cache" / "verl")
-    parser.add_argument("--only", default="", help="runs whose name contains this")
-    arguments = parser.parse_args()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    base = (Path(__file__).parents[1] / "quickstart" / ".cache" / "base").absolute()
+def run_queue(runs: Sequence[VerlRun], base: Path, out: Path) -> None:
+    """One run at a time; a run that is done is skipped, one that was broken off is begun anew."""
     scorer = Scorer(base)
-    for run in queue():
-        if arguments.only in run.name:
-            measure(run, base, arguments.out, scorer)
-            print(f"{run.name}: done", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    for run in runs:
+        measure(run, base, out, scorer)
+        print(f"verl, {run.name}: done", flush=True)

@@ -5,21 +5,20 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from queue import Empty, Queue
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from study.grid import Run
-
 WORKERS = min(2, os.cpu_count() or 1)
 
 
-def _work(task: Callable[..., None], run: Run, arguments: tuple, queue: Queue) -> None:
+def _work(task: Callable[..., None], run: Any, arguments: tuple, queue: Queue) -> None:
     torch.set_num_threads(1)
     task(run, *arguments, queue.put)
 
 
-def for_every_run(title: str, task: Callable[..., None], runs: Sequence[Run], arguments: tuple, units: int) -> None:
+def for_every_run(title: str, task: Callable[..., None], runs: Sequence[Any], arguments: tuple, units: int) -> None:
     """Call `task(run, *arguments, progress)` for every run.
 
     Args:

@@ -89,7 +89,7 @@ def test_an_update_moves_the_master_weights_and_the_policy_follows_in_bfloat16(b
     before = {name: tensor.detach().clone() for name, tensor in training.master.tensors.items()}
     for parameter in training.policy.parameters():
         parameter.grad = torch.ones_like(parameter)
-    training._update()
+    training.update()
     for name, parameter in training.policy.named_parameters():
         assert not torch.equal(before[name], training.master.tensors[name])
         assert torch.equal(parameter, training.master.tensors[name].to(torch.bfloat16))

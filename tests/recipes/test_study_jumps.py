@@ -1,0 +1,182 @@
+"""The study of jumps: its arms on a model small enough for seconds, and its tables from records."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+RECIPES = Path(__file__).parents[2] / "recipes"
+sys.path[:0] = [str(RECIPES), str(RECIPES / "quickstart")]
+
+from base_model import build_model, build_tokenizer  # noqa: E402
+from study import grpo, jumping, peers, task, through_verl  # noqa: E402
+from study.grpo import Batch, Grpo, advantages, policy_loss  # noqa: E402
+from study.jump_report import jump_tables, loop_rows, verl_rows  # noqa: E402
+from study.jumping import QUICK, Arm, Jumper, JumpRun, QuestionScores, jump_run  # noqa: E402
+from study.peers import Merged  # noqa: E402
+from study.train import flat_weights  # noqa: E402
+
+from relex_verl.maths.extrapolators import Prediction  # noqa: E402
+
+TINY = replace(QUICK, steps=7, window=3, score_every=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder, tokenizer = tmp_path_factory.mktemp("base"), build_tokenizer()
+    build_model(tokenizer).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def questions(base, monkeypatch):
+    both = task.load_questions(base)
+    small = task.Questions(*(one[:64] for one in both[0])), task.Questions(*(one[:64] for one in both[1]))
+    monkeypatch.setattr(grpo, "PROMPTS", 8)
+    monkeypatch.setattr(jumping, "load_questions", lambda _: small)
+    return small
+
+
+def batch_of(training):
+    """Right answers for half of the samples: a gradient there is."""
+    rows = torch.arange(8)
+    answers = training.train.answers[rows].unsqueeze(1).repeat(1, grpo.SAMPLES, 1)
+    answers[:, ::2, 0] = answers[:, 1::2, 1]
+    right = (answers == training.train.answers[rows].unsqueeze(1)).all(-1).float()
+    return Batch(training.train.prompts[rows], answers, right)
+
+
+def test_the_first_update_on_a_batch_is_the_plain_one_and_later_ones_are_clipped(base, questions):
+    training = Grpo(base, questions[0], 1e-3, seed=1)
+    batch = batch_of(training)
+    policy_loss(training.policy, batch.prompts, batch.responses, advantages(batch.rewards)).backward()
+    expected = torch.cat([one.grad.flatten().float() for one in training.policy.parameters()])
+    training.policy.zero_grad()
+    merged = Merged(training, batch)
+    found = merged.update(training)
+    assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 0.999
+    assert found.norm() == pytest.approx(expected.norm().item(), rel=0.02)
+    for _ in range(3):
+        merged.update(training)
+    # Sample by sample, as PPO writes it: most ratios are outside by now.
+    rows = torch.cat([batch.prompts.unsqueeze(1).expand(-1, grpo.SAMPLES, -1), batch.responses], -1).flatten(0, 1)
+    old_policy = task.load_model(base)
+    mask = rows[:, 6:] != training.policy.config.pad_token_id
+
+    def log_prob(policy):
+        logits = policy(input_ids=rows[:, :-1], logits_to_keep=4).logits.float().log_softmax(-1)
+        return logits.gather(-1, rows[:, 6:].unsqueeze(-1)).squeeze(-1)
+
+    with torch.no_grad():
+        old = log_prob(old_policy)
+    ratio, given = (log_prob(training.policy) - old).exp(), advantages(batch.rewards).flatten().unsqueeze(1)
+    gain = torch.minimum(ratio * given, ratio.clamp(0.8, 1.2) * given)
+    (-(gain * mask).sum() / mask.sum()).backward()
+    expected = torch.cat([one.grad.flatten().float() for one in training.policy.parameters()])
+    training.policy.zero_grad()
+    assert ((ratio - 1).abs() > 0.2)[mask].float().mean() > 0.3
+    assert torch.nn.functional.cosine_similarity(merged.update(training), expected, dim=0) > 0.99
+
+
+def test_sfpo_goes_back_and_gxpo_part_of_the_way(base, questions, monkeypatch):
+    """By hand, update by update, from the same start on the same batch."""
+    for step, updates, moved in (
+        (peers.sfpo_step, 3, lambda start, end: start + 0.8 * (end - start)),
+        (peers.gxpo_step, 2, lambda start, end: start + 0.5 * (end - start)),
+    ):
+        monkeypatch.setattr(peers, "GXPO_STEPS", 2)  # S_2 / S_2: no further than the two updates
+        by_rule, by_hand = (Grpo(base, questions[0], 1e-4, seed=1) for _ in range(2))
+        batch = batch_of(by_hand)
+        monkeypatch.setattr(by_rule, "sampled", lambda batch=batch: batch)
+        step(by_rule)
+        merged, start = Merged(by_hand, batch), flat_weights(by_hand)
+        for _ in range(updates):
+            merged.update(by_hand)
+        by_hand.set_master(moved(start, flat_weights(by_hand)))
+        merged.update(by_hand)
+        assert torch.equal(flat_weights(by_rule), flat_weights(by_hand))
+
+
+def test_a_jump_is_the_products_prediction_and_an_undone_one_leaves_no_trace(base, questions, monkeypatch):
+    training = Grpo(base, questions[0], 1e-3, seed=1)
+    jumper = Jumper(training, "keep", 3, questions[1])
+    for _ in range(3):
+        training.step()
+        jumper.observe()
+    assert len(jumper.deltas) == 3
+    straight = jumper._predicted(jumper._rows(), Prediction("two-point", 6))
+    assert torch.allclose(straight, jumper.start + 2 * jumper.deltas[-1], atol=1e-6)
+    before, state = flat_weights(training), training.optimizer.state_dict()["state"][0]["exp_avg"].clone()
+    goodness = iter([False, True, False, False, False, False, False, False])  # observed, first candidate, the others
+    monkeypatch.setattr(Jumper, "_score", lambda self: QuestionScores([next(goodness)] * 64))
+    assert jumper.cut(3)["action"] == "jump"
+    assert not torch.equal(flat_weights(training), before)
+    training.step()
+    jumper.observe()
+    jumper.kept = (*jumper.kept[:2], QuestionScores([True] * 64), 3)
+    monkeypatch.setattr(Jumper, "_score", lambda self: QuestionScores([False] * 64))
+    assert jumper.cut(4) == {"step": 4, "action": "undo", "scores": 1}
+    assert torch.equal(flat_weights(training), before)
+    assert torch.equal(training.optimizer.state_dict()["state"][0]["exp_avg"], state)
+
+
+def test_arms_run_are_skipped_when_done_and_make_tables(base, tmp_path):
+    done = []
+    for _ in range(2):
+        for arm in (Arm("plain"), Arm("jump", jump="keep"), Arm("reground", jump="reground")):
+            jump_run(JumpRun(arm, 1e-3, 1), TINY, base, tmp_path / "loop", done.append)
+    assert sum(done) == 2 * 3 * TINY.steps
+    found = {path.parent.name: json.loads(path.read_text()) for path in (tmp_path / "loop").glob("*/run.json")}
+    jumped = found["lr0.001-seed1-jump"]
+    assert [cut["step"] for cut in jumped["cuts"]] == [3, 6]
+    scores = sum(cut["scores"] for cut in jumped["cuts"])
+    assert jumped["cost"]["6"] == 6 + scores * 32 / (grid_samples())
+    assert [cut["target"] for cut in found["lr0.001-seed1-reground"]["cuts"]] == [6, 9]
+    assert {row["arm"] for row in loop_rows(found.values())} == {"plain", "ema", "bema", "jump", "reground"}
+    tables = jump_tables(tmp_path / "loop", tmp_path / "nothing", tmp_path / "results")
+    assert list(tables) == ["jumps"]
+    assert (
+        len(pd.read_csv(tmp_path / "results" / "jumps.csv")) == 3 * 3 + 2 * 2
+    )  # the averages begin with the first step
+
+
+def grid_samples():
+    """Samples of a training step, as the costs count them."""
+    return jumping.PROMPTS * jumping.SAMPLES
+
+
+def test_what_verls_runs_cost_counts_every_score_before_the_step(tmp_path):
+    cut = {"step": 20, "samples": 1536, "after": {"unseen": 0.7, "validation": 0.6}}
+    known = {"learning_rate": 6e-7, "seed": 1, "samples_a_step": 128}
+    score = {"unseen": 0.5, "validation": 0.4}
+    jump = {**known, "jump": True, "accuracy": {"20": score, "25": score}, "cuts": [cut, {**cut, "after": None}]}
+    rows = verl_rows([{**known, "jump": False, "accuracy": {"200": score}}, jump])
+    found = [(row["arm"], row["step"], row["cost_in_steps"]) for row in rows]
+    assert found == [("plain", 200, 200), ("jump", 20, 20), ("jump", 25, 49), ("jumped", 20, 44)]
+
+
+def test_verls_runs_are_the_quickstarts_with_rate_and_seed(tmp_path):
+    plain, jump = through_verl.queue()[:2]
+    assert (plain.name, jump.name) == ("lr6e-07-seed1-plain", "lr6e-07-seed1-jump")
+    options = through_verl.overrides(plain, Path("base"), tmp_path)
+    assert not [option for option in options if "relex." in option or "+relex" in option]
+    assert "trainer.total_training_steps=200" in options
+    options = through_verl.overrides(jump, Path("base"), tmp_path)
+    assert {"relex.on_cut=jump", "relex.t_cut=20", "+relex=default", "data.seed=1"} <= set(options)
+    through_verl.write_data(tmp_path)
+    sizes = [len(pd.read_parquet(tmp_path / f"{name}.parquet")) for name in ("train", "val")]
+    assert sizes == [7588, 256]
