@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
+from typing import ClassVar
 
 import numpy as np
 
@@ -58,6 +59,8 @@ class World:
 class SimulatedHost:
     """Stands in for the trainer, as far as `decide` asks it: each validation draws weights, and answers of them."""
 
+    relex_rewards: ClassVar[dict[int, float]] = {}
+
     def __init__(self, world: World, generator: np.random.Generator) -> None:
         self.world, self.generator = world, generator
         self.window = (0, 1)  # origin and cut of the coming decision
@@ -72,7 +75,7 @@ class SimulatedHost:
         origin, cut = self.window
         return float(self.world.curve((weights.target - origin) / (cut - origin)))
 
-    def relex_validate(self, weights: Weights, metric: str | None, timeout: float) -> Validation:
+    def relex_validate(self, weights: Weights, metric: str | None, timeout: float, places: None = None) -> Validation:
         """A validation; the observed weights and predictions without gain are drawn from one distribution."""
         world, prompts = self.world, len(self.texts)
         changes = np.repeat(self.generator.normal(0, SPREAD, -(-prompts // world.cluster)), world.cluster)[:prompts]
