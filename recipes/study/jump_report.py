@@ -61,7 +61,7 @@ def loop_table(runs: pd.DataFrame, steps: Iterable[int]) -> str:
     steps = [step for step in steps if (runs.step == step).any()]
     header = ["learning rate", "arm", "seeds", *(f"step {step}" for step in steps), "with scores", "backward passes"]
     rows = []
-    for (rate, arm), own in runs.groupby(["learning_rate", "arm"], sort=False):
+    for (rate, arm), own in runs.groupby(["learning_rate", "arm"]):
         last = own[own.step == own.step.max()]
         cells = [spread(own[own.step == step].accuracy) for step in steps]
         rows.append([f"{rate:g}", arm, str(own.seed.nunique()), *cells, f"{last.cost_in_steps.mean():.0f} steps"])
