@@ -152,7 +152,7 @@ class CutReport(Record):
         metrics: of the step.
         earlier_cuts: of this run, in their order.
         steps_saved: that need not be trained if the run ends here with the winner, less those that generate as many samples
-            as all scoring took; 0 without a winner, below 0 where the scoring was dearer.
+            as all scoring took; 0 without a winner or at the run's end, below 0 where the scoring was dearer.
         next_cut: step of the cut that is planned next, if training goes on and its rows fit; None where none is.
         single_steps: whether observed steps can be had again: a sketch keeps none; None where nobody has said.
         origin_step: at which the window began that was fitted; None where nobody has said, 0 then.

@@ -67,7 +67,7 @@ def report(
         versions=versions(),
         metrics=dict(metrics),
         earlier_cuts=list(schedule.earlier),
-        steps_saved=schedule.saved - ceil(scoring.steps or 0) if won else 0,
+        steps_saved=schedule.saved - ceil(scoring.steps or 0) if won and schedule.saved else 0,
         next_cut=None if following is None else following.t_cut,
         single_steps=schedule.kind.keeps_rows,
         origin_step=findings.origin_step,
