@@ -6,13 +6,14 @@ different is that the base beside them is frozen and that no base model on disk 
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from relex_verl.trajectory.shards import TensorShard
+from relex_verl.verl_plugin import fsdp
 from relex_verl.verl_plugin.fsdp import Own, has_float32_master, own_weights, placement_of, reshard
 from relex_verl.verl_plugin.lora import check_adapter
 
@@ -97,6 +98,40 @@ class AdapterEngine:
     def shards(self, master: bool) -> "AdapterSource":
         """A and B, and nothing of the frozen base."""
         return AdapterSource(self._engine, torch.float32 if master else torch.bfloat16)
+
+    def assign(self, shards: Sequence[TensorShard]) -> None:
+        """Set the adapters. Nothing is exchanged: each rank sets what it holds.
+
+        Args:
+            shards: float32, of all adapters that this rank holds, placed as they were handed out.
+
+        Raises:
+            ValueError: one is missing, or placed otherwise; nothing has been set then.
+        """
+        fsdp.settle()
+        targets = {name: (local, placement_of(spec, local.numel())) for name, local, spec in own_adapters(self._engine)}
+        given = {shard.name: shard for shard in shards}
+        held = {name for name, (local, _) in targets.items() if local.numel()}
+        if not held <= given.keys() <= targets.keys():
+            one = min((given.keys() - targets.keys()) | (held - given.keys()))
+            raise ValueError(f"{one}: this rank has a copy of it that another rank counts, or the other way round")
+        if any(given[name].placement != targets[name][1] for name in held):
+            raise ValueError("the engine cuts its adapters otherwise than they are to be set")
+        for name in held:
+            targets[name][0].copy_(given[name].data)
+        reshard(self._engine)
+
+    def reset_optimizer(self) -> None:
+        """See `fsdp.reset_optimizer`."""
+        fsdp.reset_optimizer(self._engine)
+
+    def state(self) -> Mapping[str, torch.Tensor]:
+        """See `fsdp.kept_state`: of the adapters; the base is frozen."""
+        return fsdp.kept_state(self._engine, own_adapters)
+
+    def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """See `fsdp.restore_state`."""
+        fsdp.restore_state(self._engine, state, own_adapters)
 
     def exporter(self, tensors: Callable[[], Exported]) -> Callable[..., tuple[Exported, Any]]:
         """What verl's weight update calls in place of the engine's `get_per_tensor_param`, to send other adapters.

@@ -5,7 +5,7 @@ one contiguous run; FSDP2 keeps a block of each parameter. Both are read, and wr
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -127,14 +127,18 @@ def settle() -> None:
     get_torch_device().synchronize()
 
 
-def kept_state(engine: Any) -> dict[str, torch.Tensor]:
+def kept_state(engine: Any, own: Callable[[Any], Iterator[Own]] = own_weights) -> dict[str, torch.Tensor]:
     """This rank's weights and optimizer state in place, by their place in the engine's own order.
+
+    Args:
+        engine: verl's.
+        own: hands out the weights that are trained.
 
     Raises:
         ValueError: the optimizer keeps something else than tensors.
     """
     settle()
-    kept = {f"weight.{i}": local for i, (_, local, _) in enumerate(own_weights(engine))}
+    kept = {f"weight.{i}": local for i, (_, local, _) in enumerate(own(engine))}
     for i, parameter in enumerate(_optimized(engine)):
         for key, value in engine.optimizer.state.get(parameter, {}).items():
             if not isinstance(value, torch.Tensor):
@@ -146,13 +150,15 @@ def kept_state(engine: Any) -> dict[str, torch.Tensor]:
     return kept
 
 
-def restore_state(engine: Any, kept: Mapping[str, torch.Tensor]) -> None:
-    """Set weights and optimizer state to what `kept_state` gave, bit by bit.
+def restore_state(
+    engine: Any, kept: Mapping[str, torch.Tensor], own: Callable[[Any], Iterator[Own]] = own_weights
+) -> None:
+    """Set weights and optimizer state to what `kept_state` gave, bit by bit; arguments as there.
 
     Raises:
         ValueError: it is that of another engine, or was cut otherwise; nothing has been changed then.
     """
-    now = kept_state(engine)
+    now = kept_state(engine, own)
     for name, tensor in kept.items():
         local = now.get(name)
         if local is None or (local.shape, local.dtype) != (tensor.shape, tensor.dtype):

@@ -108,9 +108,6 @@ def check_jump(config: DictConfig) -> None:
         raise ConfigError(
             f"{ACTOR}.strategy", actor.strategy, f"a jump sets the weights of fsdp and fsdp2 only: {cure}"
         )
-    if OmegaConf.select(config.actor_rollout_ref.model, "lora_rank"):
-        rank = config.actor_rollout_ref.model.lora_rank
-        raise ConfigError(f"{MODEL}.lora_rank", rank, f"a jump sets whole weights, no adapters yet: {cure}")
     ranks, size = config.trainer.n_gpus_per_node * config.trainer.nnodes, actor.fsdp_config.fsdp_size
     if 0 < size < ranks:
         cure = f"each rank sets what it alone holds, and {ranks} ranks hold copies: leave it at -1, or {cure}"

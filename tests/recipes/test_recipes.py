@@ -113,7 +113,7 @@ def test_shellcheck():
 
 
 def test_every_script_is_checked():
-    assert {path.parent.name for path in SCRIPTS} == {"recipes", "math", "quickstart", "study", "tests", ".ci"}
+    assert {path.parent.name for path in SCRIPTS} == {"recipes", "math", "quickstart", "study", "judge", "tests", ".ci"}
 
 
 @pytest.mark.parametrize("script", MATH_SCRIPTS, ids=lambda path: path.name)

@@ -129,7 +129,7 @@ def optimize(engine: Any) -> None:
     """A step of the engine's own optimizer, with gradients of no meaning."""
     for group in engine.optimizer.param_groups:
         for parameter in group["params"]:
-            parameter.grad = torch.ones_like(parameter)
+            parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
     engine.optimizer.step()
     engine.optimizer.zero_grad()
 

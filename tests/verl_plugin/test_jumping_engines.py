@@ -22,16 +22,31 @@ from relex_verl.trajectory.store import Trajectory
 
 PREDICTION = Prediction("relex", 12)
 CUT, LATER = 4, 8
+LORA = {"lora_rank": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora": {"merge": True}}
+# Name -> strategy, and what is trained besides whole weights.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{strategy: (strategy, {}) for strategy in STRATEGIES},
+    **{f"{strategy}-lora": (strategy, LORA) for strategy in STRATEGIES},
+}
+
+
+def engine(root: Path, case: str) -> Any:
+    """The same at every call: adapters are drawn."""
+    strategy, model = CASES[case]
+    torch.manual_seed(0)
+    return engine_of(root / "base", strategy, "fp32", **model)
 
 
 def rank_of(engine: Any, root: Path, out: Path) -> Any:
     """RELEX's part of a rank, ready to open its trajectory."""
     from relex_verl.run.rank import RelexRank
+    from relex_verl.verl_plugin.adapters import AdapterEngine, peft_config
     from relex_verl.verl_plugin.source import VerlEngine
 
     config = RelexConfig.from_mapping({"on_cut": "jump", "t_cut": CUT, "observe_every": 1, "output_dir": str(out)})
     plans = {config.kind.name: config.plan(20)}
-    rank = RelexRank(Setup(config, plans, 0, out, RunFacts(str(root / "base"), "p", "e")), VerlEngine(engine))
+    ours = VerlEngine if peft_config(engine) is None else AdapterEngine
+    rank = RelexRank(Setup(config, plans, 0, out, RunFacts(str(root / "base"), "p", "e")), ours(engine))
     rank.start()
     return rank
 
@@ -43,38 +58,49 @@ def train(engine: Any, rank: Any, first: int, last: int) -> None:
 
 
 def state_of(engine: Any) -> dict[str, torch.Tensor]:
+    """All weights, trained or frozen, and the optimizer's state."""
     from relex_verl.verl_plugin.fsdp import kept_state
 
     return copied(kept_state(engine))
+
+
+def weights_of(engine: Any) -> dict[str, torch.Tensor]:
+    """What is trained, whole, by its name in the trajectory."""
+    from relex_verl.verl_plugin.adapters import adapter_name, peft_config
+
+    full = full_parameters(engine)
+    if peft_config(engine) is None:
+        return full
+    return {name: tensor for parameter, tensor in full.items() if (name := adapter_name(parameter)) is not None}
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-def jumped(root: Path, strategy: str) -> dict[str, Any]:
+def jumped(root: Path, case: str) -> dict[str, Any]:
     """A jump, training from there, and its undoing; then the same start again, killed after the jump and resumed."""
-    out = root / f"{strategy}-{dist.get_world_size()}"
-    engine = engine_of(root / "base", strategy, "fp32")
-    rank = rank_of(engine, root, out)
+    out = root / f"{case}-{dist.get_world_size()}"
+    first = engine(root, case)
+    rank = rank_of(first, root, out)
     rank.open(0)
-    train(engine, rank, 1, CUT)
-    before = state_of(engine)
+    train(first, rank, 1, CUT)
+    before = state_of(first)
     distance = rank.jumping.jump(CUT, PREDICTION, "keep", True)
-    after, weights = state_of(engine), full_parameters(engine)
-    train(engine, rank, CUT + 1, LATER)
-    trained = state_of(engine)
+    after, weights = state_of(first), weights_of(first)
+    train(first, rank, CUT + 1, LATER)
+    trained = state_of(first)
     seen = {
         "distance": distance,
         "weights": weights,
         "optimizer kept": same(*({n: t for n, t in one.items() if n.startswith("state")} for one in (before, after))),
     }
     rank.jumping.undo(LATER)
-    seen["undone"] = same(state_of(engine), before)
+    seen["undone"] = same(state_of(first), before)
     seen["windows"] = [vars(window) for window in Trajectory(out / "trajectory").index.windows]
 
     # Resumed from the host's checkpoint of the cut, which was saved before the jump.
-    again = engine_of(root / "base", strategy, "fp32")
+    again = engine(root, case)
     rank = rank_of(again, root, out)
     for _ in range(CUT):
         optimize(again)
@@ -99,13 +125,13 @@ def work(rank: int, world: int, root: Path) -> None:
     sys.path.insert(0, str(QUICKSTART))
     os.environ |= {"VERL_USE_EXTERNAL_MODULES": "verl_cpu", "VERL_PLATFORM": "cpu"}
     importlib.import_module("verl.workers.engine_workers")
-    for strategy in STRATEGIES:
-        torch.save(jumped(root, strategy), root / f"{strategy}-2-{rank}.pt")
+    for case in CASES:
+        torch.save(jumped(root, case), root / f"{case}-2-{rank}.pt")
     dist.destroy_process_group()
     dist.init_process_group("cpu:gloo", f"file://{root}/alone_{rank}", rank=0, world_size=1)
     if rank == 0:
-        for strategy in STRATEGIES:
-            torch.save(jumped(root, strategy), root / f"{strategy}-1-0.pt")
+        for case in STRATEGIES:
+            torch.save(jumped(root, case), root / f"{case}-1-0.pt")
 
 
 @pytest.fixture(scope="module")
@@ -129,13 +155,14 @@ def offline(out: Path) -> dict[str, torch.Tensor]:
     return whole
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(
+    ("case", "world"), [*((case, 2) for case in CASES), *((strategy, 1) for strategy in STRATEGIES)]
+)
 def test_a_jump_is_the_offline_prediction_and_can_be_undone_and_made_again(
-    engines: Path, strategy: str, world: int
+    engines: Path, case: str, world: int
 ) -> None:
-    ranks = [torch.load(engines / f"{strategy}-{world}-{rank}.pt", weights_only=False) for rank in range(world)]
-    expected = offline(engines / f"{strategy}-{world}")
+    ranks = [torch.load(engines / f"{case}-{world}-{rank}.pt", weights_only=False) for rank in range(world)]
+    expected = offline(engines / f"{case}-{world}")
     for seen in ranks:
         assert seen["weights"].keys() == expected.keys()
         for name, tensor in seen["weights"].items():

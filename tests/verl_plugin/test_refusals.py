@@ -36,7 +36,6 @@ BACKEND = "actor_rollout_ref.rollout.checkpoint_engine.backend"
         (["trainer.default_local_dir=null"], "trainer.default_local_dir=None: .*give a folder"),
         (["trainer.default_local_dir=hdfs://here/run"], "relex.output_dir='hdfs://here/run/relex': .*folders only"),
         (["relex.on_cut=jump", "model_engine=megatron"], f"{ACTOR}.strategy='megatron': a jump sets the weights of fsdp"),
-        (["relex.on_cut=jump", f"{MODEL}.lora_rank=8", f"{MODEL}.lora.merge=true"], "lora_rank=8: .*no adapters yet"),
         (["relex.on_cut=jump", f"{ACTOR}.fsdp_config.fsdp_size=4"], "fsdp_size=4: .*8 ranks hold copies"),
         (["trainer.nnodes=2", "relex.output_dir=/dev/shm/run"], "relex.output_dir='/dev/shm/run': each of the 2 nodes"),
         (["trainer.nnodes=4", "trainer.default_local_dir=/tmp/run"], "relex.output_dir='/tmp/run/relex': each of the 4"),
