@@ -42,7 +42,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(whole, temporary, {"format": "pt", KEY: checksum(whole)})
+        save_file(whole, temporary, {KEY: checksum(whole)})  # a second key would come in any order
         temporary.chmod(0o666 & ~UMASK)  # safetensors 0.8 lets nobody else read what it writes
     except BaseException:
         temporary.unlink(missing_ok=True)

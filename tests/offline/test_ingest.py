@@ -154,8 +154,8 @@ def test_what_shows_only_while_reading_keeps_the_steps_before(finished):
 def test_no_space_left(finished, monkeypatch, after, there):
     saved, written = files.save_file, []
 
-    def full_disk(tensors, path):
-        saved(tensors, path)
+    def full_disk(tensors, path, metadata):
+        saved(tensors, path, metadata)
         written.append(path)
         if len(written) > after:
             raise OSError(errno.ENOSPC, "No space left on device")

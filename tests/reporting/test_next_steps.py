@@ -130,4 +130,5 @@ def test_the_command_line_takes_them(folder: Path, action: str) -> None:
     commands = [text for text in words(report(folder, action)).values() if text[0] == "relex-verl"]
     assert len(commands) == 3
     for _, name, *arguments in commands:
-        typer.main.get_command(app).commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
+        group = typer.main.get_command(app)
+        group.get_command(None, name).make_context(name, arguments)  # type: ignore[attr-defined]
