@@ -13,8 +13,7 @@ from relex_verl.run.validation import Validation
 __all__ = ["METRIC", "World", "flat", "rising"]
 
 METRIC = "val-core/simulated/acc/mean@1"
-# How much other weights change a prompt's odds, as the standard deviation of its logit: of 100 answers about 14 differ,
-# which is what the study's checkpoints some steps apart show.
+# How much other weights change a prompt's odds, as the standard deviation of its logit.
 SPREAD = 0.5
 
 # Horizon, in windows from the origin (1 is the cut) -> gain in accuracy over the observed weights.

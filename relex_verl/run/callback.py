@@ -244,7 +244,7 @@ class RelexCallback:
         """Score, and jump if it comes to that: the rollout gets those weights when it gets the policy's back."""
         jumps = jumps_before(self.config, self.schedule, self._output)
         verdict = decide(host, self.config, self.plan, findings, self.schedule.alpha_share, jumps)
-        if jumps is not None:
+        if jumps is not None and not verdict.silent:  # if so, the run ends when the rollout is to get its weights back
             verdict.jump = carry_out(self._ranks, self.config, step, verdict.advice)
         return verdict
 

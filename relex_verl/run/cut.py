@@ -12,7 +12,7 @@ from relex_verl.run.config import RelexConfig
 from relex_verl.run.plan import NEAREST_JUMP, Plan
 from relex_verl.run.protocol import OBSERVED, Host, Weights
 from relex_verl.run.ranks import RelexError
-from relex_verl.run.validation import Validation
+from relex_verl.run.validation import RolloutSilent, Validation
 
 __all__ = ["Jumps", "Verdict", "decide", "restore"]
 
@@ -31,6 +31,7 @@ class Verdict:
         screened_out: method -> why it was not scored.
         jump: metrics of a run that jumps, see `jump.carry_out`.
         rewards: training step -> mean reward, as the host knows them.
+        silent: the rollout is gone, and the ranks cannot be asked any more.
     """
 
     advice: Advice
@@ -40,6 +41,7 @@ class Verdict:
     screened_out: dict[str, str] = field(default_factory=dict)
     jump: dict[str, float] = field(default_factory=dict)
     rewards: dict[int, float] = field(default_factory=dict)
+    silent: bool = False
 
     @property
     def winner(self) -> Prediction | None:
@@ -126,6 +128,7 @@ def decide(
         verdict.advice = scoring.run(methods, findings.origin_step, share, jumps)
     except Exception as error:
         logger.warning("RELEX: the scoring at step %d failed; nothing is recommended", plan.t_cut, exc_info=True)
+        verdict.silent = isinstance(error, RolloutSilent)
         verdict.advice = unscored(f"the validation failed ({type(error).__name__}: {error})")
     return verdict
 

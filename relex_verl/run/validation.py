@@ -6,7 +6,11 @@ from functools import cached_property
 from math import sqrt
 from statistics import fmean, stdev
 
-__all__ = ["Validation", "ValidationTimeout"]
+__all__ = ["RolloutSilent", "Validation", "ValidationTimeout"]
+
+
+class RolloutSilent(RuntimeError):
+    """The rollout has not come back within `relex.rollout_timeout_s`: nobody there answers any more, nor do the ranks."""
 
 
 class ValidationTimeout(RuntimeError):

@@ -3,11 +3,9 @@
 import threading
 from collections.abc import Callable
 
-__all__ = ["RolloutCalls", "RolloutSilent"]
+from relex_verl.run.validation import RolloutSilent
 
-
-class RolloutSilent(RuntimeError):
-    """The rollout has not come back within `relex.rollout_timeout_s`."""
+__all__ = ["RolloutCalls"]
 
 
 class RolloutCalls:

@@ -10,6 +10,8 @@ from stand_ins import CUT, Host, Workers, report, started, train
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.run.callback import RelexCallback
 from relex_verl.run.config import ConfigError
+from relex_verl.run.ranks import RelexError
+from relex_verl.run.validation import RolloutSilent
 
 # Scores by step: the line from step 0 peaks at step 12.
 PEAK = {CUT: 0.5, 6: 0.6, 8: 0.7, 12: 0.8, 24: 0.2}
@@ -46,6 +48,22 @@ def test_the_weights_are_set_before_the_rollout_gets_the_policys_back(tmp_path: 
     # Nothing is written for it: the trajectory has the weights, and training goes on from them.
     assert not (tmp_path / "predicted").exists()
     assert not (tmp_path / "recommended").exists()
+
+
+def test_where_the_rollout_is_gone_no_rank_is_asked_any_more(tmp_path: Path) -> None:
+    """They may be waiting in a weight update that nobody takes: one more question would wait for ever."""
+    callback, workers = started(tmp_path, on_cut="jump")
+    train(callback, 1, CUT)
+    host = Host(PEAK, fails=RolloutSilent("gone"))
+
+    def gone() -> None:
+        raise RolloutSilent("gone")
+
+    host.relex_restore = gone  # type: ignore[method-assign]
+    before = list(workers.calls)
+    with pytest.raises(RelexError, match="could not be given the policy's weights back"):
+        callback.on_rollout_ready(CUT, host)
+    assert workers.calls == before
 
 
 def test_every_cut_has_its_window_and_the_search_begins_where_it_won_last(tmp_path: Path) -> None:

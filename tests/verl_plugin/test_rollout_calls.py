@@ -4,7 +4,8 @@ import threading
 
 import pytest
 
-from relex_verl.verl_plugin.rollout_calls import RolloutCalls, RolloutSilent
+from relex_verl.run.validation import RolloutSilent
+from relex_verl.verl_plugin.rollout_calls import RolloutCalls
 
 
 def test_a_call_is_carried_out_and_its_error_is_the_callers() -> None:
