@@ -42,7 +42,15 @@ def test_the_readme_is_short() -> None:
 
 
 def test_every_page_is_there() -> None:
-    assert {page.stem for page in DOCS} == {"settings", "cost", "failure", "trust", "offline", "formats", "architecture"}
+    assert {page.stem for page in DOCS} == {
+        "settings",
+        "cost",
+        "failure",
+        "trust",
+        "offline",
+        "formats",
+        "architecture",
+    }
     assert [page for page in PAGES if not page.is_file()] == []
 
 
