@@ -14,8 +14,6 @@ from relex_verl.run.schedule import Schedule
 __all__ = ["Outcome", "simulate"]
 
 STEPS = 200
-# A window that speaks neither for nor against its only method.
-FINDINGS: Any = SimpleNamespace(backtests={"relex": 0.5}, drift=0.0, agreement=1.0, origin_step=0)
 
 
 @dataclass(frozen=True)
@@ -23,14 +21,10 @@ class Outcome:
     """One run.
 
     Attributes:
-        cuts: decisions that it took.
-        advice: of each.
-        gains: true gain of what each recommended or jumped to; 0 where it did neither.
+        advice: of each cut.
     """
 
-    cuts: int
     advice: list[Advice]
-    gains: list[float]
 
     def any(self, action: str) -> bool:
         """Whether one of the decisions was this."""
@@ -40,15 +34,15 @@ class Outcome:
 def simulate(world: World, seed: int, on_cut: str = "advise") -> Outcome:
     """A run of 200 steps with the default settings, cut at step 30 and every 30 steps after it."""
     host, config = world.host(seed), RelexConfig.from_mapping({"on_cut": on_cut})
-    schedule, advice, gains = Schedule(config, STEPS), list[Advice](), list[float]()
+    schedule, advice = Schedule(config, STEPS), list[Advice]()
     while schedule.plan is not None:
         plan = schedule.plan
         host.window = plan.origin, plan.t_cut
         jumps = Jumps(schedule.may_jump) if on_cut == "jump" else None
-        findings: Any = SimpleNamespace(**{**vars(FINDINGS), "origin_step": plan.origin})
+        # A window that speaks neither for nor against its only method.
+        findings: Any = SimpleNamespace(backtests={"relex": 0.5}, drift=0.0, agreement=1.0, origin_step=plan.origin)
         found = decide(host, config, plan, findings, schedule.alpha_share, jumps).advice  # type: ignore[arg-type]
         advice.append(found)
-        gains.append(0.0 if found.target is None else host.gain(found.target))
         schedule.earlier.append(EarlierCut(plan.t_cut, found, [], {}))
         schedule.plan = schedule.after(found)
-    return Outcome(len(advice), advice, gains)
+    return Outcome(advice)

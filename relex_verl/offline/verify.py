@@ -1,10 +1,12 @@
 """Whether all of a trajectory is there, and is what was written."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 
 from relex_verl.trajectory.checksum import KEY, checksum
@@ -52,36 +54,32 @@ def verify(folder: Path, base: str | None = None, progress: Callable[[int], obje
         found.damaged["the base model"] = str(error)
     for number in range(len(opened.windows)):
         window = opened.of_window(number)
-        before = len(found.damaged)
-        for path, expected in _beginning(window, found):
-            known.add(path)
-            _read(path, expected, found)
-        usable = len(found.damaged) == before
+        usable = _beginning(window, found, known)
         last: int | None = window.record.origin_step if usable else None
-        steps = window.steps if window.kind.keeps_rows else window.record.stored
-        for step in steps:
+        for step in window.steps if window.kind.keeps_rows else window.record.stored:
+            whole = True
             for rank in range(window.index.world_size):
                 path = window.step_file(rank, step)
                 known.add(path)
-                usable &= _read(path, None, found)
+                whole &= _read(path, found, _finite)
                 progress(1)
-            if usable:
+            if whole and usable:
                 last = step
+            usable &= whole or not window.kind.keeps_rows  # each file of a sketch stands for all steps up to its own
         found.whole_until[number] = last
-    found.unexplained = sorted(
-        str(path.relative_to(folder))
-        for path in folder.rglob("*")
-        if path.is_file()
-        and path not in known
-        and path.relative_to(folder).parts[0] not in (ADAPTER_FOLDER, FILES_FOLDER)
-    )
+    for path in (folder / ADAPTER_FOLDER).glob("*.safetensors"):
+        _read(path, found)
+    known |= {path for place in (ADAPTER_FOLDER, FILES_FOLDER) for path in (folder / place).rglob("*")}
+    left = (path for path in folder.rglob("*") if path.is_file() and path not in known)
+    found.unexplained = sorted(str(path.relative_to(folder)) for path in left)
     return found
 
 
-def _beginning(window: Trajectory, found: Verified) -> Iterator[tuple[Path, int | None]]:
-    """Placements of all ranks, which together have every element once; files of a stored origin, with their length."""
+def _beginning(window: Trajectory, found: Verified, known: set[Path]) -> bool:
+    """Look at the placements of all ranks, which together have every element once, and at a stored origin; whether a window
+    can be used at all."""
+    before = len(found.damaged)
     counted = dict.fromkeys(window.names, 0)
-    complete = True
     for rank in range(window.index.world_size):
         path, held = window.rank_folder(rank) / "placements.json", 0
         try:
@@ -92,36 +90,44 @@ def _beginning(window: Trajectory, found: Verified) -> Iterator[tuple[Path, int 
                 held += placement.numel
         except TrajectoryError as error:
             found.damaged[str(path)] = str(error)
-            complete = False
-            continue
         found.files += 1
-        yield path, None
+        known.add(path)
         if window.record.origin == "stored":
-            yield window.rank_folder(rank) / "origin.safetensors", held
-    for name, shape in window.index.tensors.items() if complete else ():
+            origin = window.rank_folder(rank) / "origin.safetensors"
+            known.add(origin)
+            _read(origin, found, partial(_as_long_as, held))
+    for name, shape in window.index.tensors.items() if len(found.damaged) == before else ():
         if counted[name] != prod(shape):
             said = f"the ranks hold {counted[name]} elements of its {prod(shape)}"
             found.damaged[f"{name} in window {window.number}"] = said
+    return len(found.damaged) == before
 
 
-def _read(path: Path, origin: int | None, found: Verified) -> bool:
-    """Look into a file; whether it can be used. An origin has so many elements."""
-    if path.suffix == ".json":
-        return True
+Arrays = Mapping[str, torch.Tensor]
+
+
+def _finite(arrays: Arrays) -> None:
+    if not arrays["gram_row"].isfinite().all():
+        raise ValueError("holds inner products that are not finite")
+
+
+def _as_long_as(elements: int, arrays: Arrays) -> None:
+    if arrays["origin"].numel() != elements:
+        raise ValueError(f"holds {arrays['origin'].numel()} of {elements} elements")
+
+
+def _read(path: Path, found: Verified, check: Callable[[Arrays], None] = lambda arrays: None) -> bool:
+    """Compare a file with its checksum, and look into it; whether it can be used."""
     found.files += 1
     try:
         with safe_open(path, framework="pt") as handle:
             arrays = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
             said = (handle.metadata() or {}).get(KEY)
-            if origin is not None and arrays["origin"].numel() != origin:
-                raise ValueError(f"holds {arrays['origin'].numel()} of {origin} elements")
-            if origin is None and not arrays["gram_row"].isfinite().all():
-                raise ValueError("holds inner products that are not finite")
-            if said is not None and said != checksum(arrays):
-                raise ValueError(f"its content is not what was written (checksum {checksum(arrays)}, not {said})")
+            check(arrays)
+            if said is not None and said != (now := checksum(arrays)):
+                raise ValueError(f"its content is not what was written (checksum {now}, not {said})")
     except Exception as error:
-        missing = "is missing" if not path.exists() else str(error).strip("'")
-        found.damaged[str(path)] = missing
+        found.damaged[str(path)] = str(error).strip("'") if path.exists() else "is missing"
         return False
     if said is None:
         found.unchecked.append(str(path))

@@ -85,7 +85,7 @@ class Observer:
         with self.ranks.together():
             held_here = [(shard.name, shard.shape, shard.placement) for shard in source]
             if self._base is not None:
-                resuming.check_names(held_here, self._base)
+                resuming.check_names([(name, shape) for name, shape, _ in held_here], self._base)
         shared = share_out(self.ranks.gather(held_here))
         mine = shared[self.ranks.rank]
         with self.ranks.together():

@@ -15,7 +15,6 @@ from relex_verl.trajectory.fingerprint import of_tensors
 from relex_verl.trajectory.going_back import forget, readable_until, window_at
 from relex_verl.trajectory.hf_checkpoint import FLOATS, BaseCheckpoint
 from relex_verl.trajectory.index import TrajectoryError, TrajectoryIndex, WindowRecord
-from relex_verl.trajectory.shards import Placement
 from relex_verl.trajectory.store import Trajectory
 
 __all__ = ["appears", "check_aliases", "check_names", "create", "find"]
@@ -124,29 +123,29 @@ def create(
     return trajectory
 
 
-def check_names(shards: Sequence[tuple[str, tuple[int, ...], Placement]], base: BaseCheckpoint) -> None:
+def check_names(tensors: Sequence[tuple[str, tuple[int, ...]]], base: BaseCheckpoint) -> None:
     """Whether the engine's tensors are the base model's.
 
     Args:
-        shards: name, shape and placement of each.
+        tensors: name and shape of each.
         base: the base model.
 
     Raises:
         ValueError: a tensor that the base does not have, or has in another shape, or quantised.
     """
-    unknown = sorted({name for name, _, _ in shards} - set(base.entries))
+    unknown = sorted({name for name, _ in tensors} - set(base.entries))
     if unknown:
         raise ValueError(
             f"{len(unknown)} tensors of the engine are not in the base checkpoint {base.folder}, e.g. "
             f"{unknown[:3]}: RELEX writes checkpoints laid out like the base and would not know where they belong"
         )
-    quantised = next((name for name, _, _ in shards if base.entries[name].dtype not in FLOATS), None)
+    quantised = next((name for name, _ in tensors if base.entries[name].dtype not in FLOATS), None)
     if quantised is not None:
         raise ValueError(
             f"{quantised} is stored as {base.entries[quantised].dtype} in the base checkpoint {base.folder}, and trained as "
             "floating-point numbers: give a base that is not quantised"
         )
-    for name, shape, _ in shards:
+    for name, shape in tensors:
         if shape != base.entries[name].shape:
             raise ValueError(
                 f"{name} has shape {shape} in the engine, {base.entries[name].shape} in the base checkpoint"

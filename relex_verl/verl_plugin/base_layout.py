@@ -13,7 +13,6 @@ from omegaconf import DictConfig
 from relex_verl.pipeline.resuming import check_names
 from relex_verl.run.config import ConfigError
 from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
-from relex_verl.trajectory.shards import block_placement
 from relex_verl.verl_plugin.base_files import folder_of
 from relex_verl.verl_plugin.hub_layout import HubLayout
 from relex_verl.verl_plugin.ties import tied_names
@@ -46,10 +45,7 @@ def check_layout(config: DictConfig) -> None:
     try:
         parameters = [(name, tuple(one.shape)) for name, one in built.named_parameters() if name not in apart]
         pieces = [piece for name, shape in parameters for piece in layout.pieces(name, shape)]
-        everything = [
-            (one.name, one.shape, block_placement(one.shape, (0,) * len(one.shape), one.shape)) for one in pieces
-        ]
-        check_names(everything, base)
+        check_names([(piece.name, piece.shape) for piece in pieces], base)
     except ValueError as error:
         said = f"{error}. Train another model, or without +relex"
         raise ConfigError("actor_rollout_ref.model.path", model.path, said) from error
