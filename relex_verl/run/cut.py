@@ -164,7 +164,7 @@ class _Scoring:
         if not searched or len(searched) == len(hold.prompts):
             return unscored(f"{len(hold.prompts)} validation prompts are too few to split")
         verdict.hold = hold
-        verdict.search_scores[observed] = held = hold.mean(searched)
+        verdict.search_scores[observed] = hold.mean(searched)
         if jumps is not None:
             undo = self._fallen_behind(hold, jumps)
             if undo is not None:

@@ -1,40 +1,23 @@
 """The study's plain GRPO loop, its recorder and its predictions, on a model small enough for seconds."""
 
 import csv
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("transformers")
-RECIPES = Path(__file__).parents[2] / "recipes"
-sys.path[:0] = [str(RECIPES), str(RECIPES / "quickstart")]
+from studied import base, one_thread
 
-from base_model import build_model, build_tokenizer  # noqa: E402
-from study import grpo, report, score, task, train  # noqa: E402
-from study.grid import QUICK, SAMPLES, Run  # noqa: E402
-from study.grpo import Grpo, advantages, policy_loss, sample  # noqa: E402
+# isort: split
+from study import grpo, report, score, task, train
+from study.grid import QUICK, SAMPLES, Run
+from study.grpo import Grpo, advantages, policy_loss, sample
 
 TINY = replace(QUICK, steps=5, cuts=(4,), targets={4: (5,)}, seeds=(1,))
 RUN = Run(2e-3, 1)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder, tokenizer = tmp_path_factory.mktemp("base"), build_tokenizer()
-    build_model(tokenizer).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+__all__ = ["base", "one_thread"]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """The study of jumps: its arms on a model small enough for seconds, and its tables from records."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,36 +9,21 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-RECIPES = Path(__file__).parents[2] / "recipes"
-sys.path[:0] = [str(RECIPES), str(RECIPES / "quickstart")]
+from studied import base, one_thread
 
-from base_model import build_model, build_tokenizer  # noqa: E402
-from study import grpo, jumping, peers, task, through_verl  # noqa: E402
-from study.grpo import Batch, Grpo, advantages, policy_loss  # noqa: E402
-from study.jump_report import jump_tables, loop_rows, verl_rows  # noqa: E402
-from study.jumping import QUICK, Arm, Jumper, JumpRun, QuestionScores, jump_run  # noqa: E402
-from study.peers import Merged  # noqa: E402
-from study.train import flat_weights  # noqa: E402
+# isort: split
+from study import grpo, jumping, peers, task, through_verl
+from study.grpo import Batch, Grpo, advantages, policy_loss
+from study.jump_report import jump_tables, loop_rows, verl_rows
+from study.jumping import QUICK, Arm, Jumper, JumpRun, QuestionScores, jump_run
+from study.peers import Merged
+from study.train import flat_weights
 
-from relex_verl.maths.extrapolators import Prediction  # noqa: E402
+from relex_verl.maths.extrapolators import Prediction
 
 TINY = replace(QUICK, steps=7, window=3, score_every=3)
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    folder, tokenizer = tmp_path_factory.mktemp("base"), build_tokenizer()
-    build_model(tokenizer).to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+__all__ = ["base", "one_thread"]
 
 
 @pytest.fixture(autouse=True)

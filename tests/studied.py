@@ -1,0 +1,30 @@
+"""What the tests of the study share: one thread, as it runs itself, and a small untrained base."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+sys.path[:0] = [str(RECIPES), str(RECIPES / "quickstart")]
+
+from base_model import build_model, build_tokenizer  # noqa: E402
+
+__all__ = ["base", "one_thread"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder, tokenizer = tmp_path_factory.mktemp("base"), build_tokenizer()
+    build_model(tokenizer).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
