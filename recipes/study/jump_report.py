@@ -23,11 +23,13 @@ def loop_rows(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each scored step of the plain loop; the averages of a plain run are arms of their own."""
     rows = []
     for one in found:
+        closed = one.get("gate", {}).get("closed")  # from then on a step is a plain one
         curves = {one["arm"]: one["accuracy"], **{name: one[name] for name in ("ema", "bema") if name in one}}
         for arm, accuracies in curves.items():
             for step, accuracy in accuracies.items():
                 known = {"learning_rate": one["learning_rate"], "seed": one["seed"], "arm": arm, "step": int(step)}
-                passes = int(step) * one["backward_passes_a_step"]
+                by_rule = min(int(step), closed or int(step))
+                passes = int(step) + by_rule * (one["backward_passes_a_step"] - 1)
                 rows.append(
                     {**known, "cost_in_steps": one["cost"][step], "backward_passes": passes, "accuracy": accuracy}
                 )

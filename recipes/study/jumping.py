@@ -53,6 +53,9 @@ ARMS = (
     Arm("sfpo", "sfpo"),
     Arm("gxpo", "gxpo"),
     Arm("sfpo-jump", "sfpo", "keep"),
+    Arm("sfpo-open", "sfpo-open"),  # without the gate
+    Arm("gxpo-open", "gxpo-open"),
+    Arm("sfpo-open-jump", "sfpo-open", "keep"),
 )
 
 
@@ -234,7 +237,8 @@ def jump_run(run: JumpRun, grid: JumpGrid, base: Path, out: Path, progress: Prog
     train, test = load_questions(base)
     unseen = Questions(test.tokens[1::2], test.labels[1::2])
     training = Grpo(base, train, run.learning_rate, run.seed)
-    one_step, backward = RULES[run.arm.rule]
+    rule = RULES[run.arm.rule]
+    gate = rule.gate()
     jumper = Jumper(training, run.arm.jump, grid.window, test) if run.arm.jump else None
     averages = Averages(flat_weights(training)) if run.arm.name == "plain" else None
 
@@ -242,10 +246,13 @@ def jump_run(run: JumpRun, grid: JumpGrid, base: Path, out: Path, progress: Prog
         return greedy_correct(training.policy, unseen).float().mean().item()
 
     record: dict[str, Any] = {"arm": run.arm.name, "learning_rate": run.learning_rate, "seed": run.seed, "cuts": []}
-    record |= {"backward_passes_a_step": backward, "accuracy": {0: accuracy()}, "cost": {0: 0.0}}
+    record |= {"backward_passes_a_step": rule.backward_passes, "accuracy": {0: accuracy()}, "cost": {0: 0.0}}
     share = len(test.tokens[::2]) / (PROMPTS * SAMPLES)  # of a step's samples, that a score takes
     for step in range(1, grid.steps + 1):
-        one_step(training)
+        if gate.closed is None:
+            gate.watch(step, rule.step(training))
+        else:
+            training.step()
         if averages is not None:
             watched = averages.watch(step, flat_weights(training))
         if jumper is not None:
@@ -265,5 +272,6 @@ def jump_run(run: JumpRun, grid: JumpGrid, base: Path, out: Path, progress: Prog
                     record.setdefault(name, {})[step] = accuracy()
                 training.set_master(here)
         progress(1)
+    record["gate"] = {"closed": gate.closed, "values": gate.values}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, record)

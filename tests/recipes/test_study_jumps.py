@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -93,6 +94,38 @@ def test_sfpo_goes_back_and_gxpo_part_of_the_way(base, questions, monkeypatch):
         by_hand.set_master(moved(start, flat_weights(by_hand)))
         merged.update(by_hand)
         assert torch.equal(flat_weights(by_rule), flat_weights(by_hand))
+
+
+def test_gates_close_for_good_by_the_z_score_and_the_passes_say_so():
+    """Against a z-score by numpy, step by step: SFPO's with the newest value in its window, GXPO's without."""
+    values = np.random.default_rng(0).normal(size=200)
+    for name in ("sfpo", "gxpo"):
+        rule, gate = peers.RULES[name], peers.RULES[name].gate()
+        for step, value in enumerate(values, 1):
+            if gate.closed is None:
+                gate.watch(step, value)
+        ends = range(peers.GATE_WINDOW + (not rule.counts_itself), len(values) + 1)
+        windows = {end: values[end - 30 : end] if rule.counts_itself else values[end - 31 : end - 1] for end in ends}
+        over = [end for end, one in windows.items() if values[end - 1] >= one.mean() + rule.threshold * one.std()]
+        assert gate.closed == over[0] == len(gate.values)
+    open_gate = peers.RULES["sfpo-open"].gate()
+    for step, value in enumerate(values, 1):
+        open_gate.watch(step, value)
+    assert open_gate.closed is None
+    known = {"arm": "sfpo", "learning_rate": 1.0, "seed": 1, "backward_passes_a_step": 4}
+    record = {**known, "accuracy": {"30": 0.5, "50": 0.5}, "cost": {"30": 30, "50": 50}, "gate": {"closed": 40}}
+    assert [row["backward_passes"] for row in loop_rows([record])] == [120, 4 * 40 + 10]
+
+
+def test_the_entropy_is_the_mean_over_all_tokens_of_the_samples(base, questions):
+    training = Grpo(base, questions[0], 1e-3, seed=1)
+    batch = training.sampled()
+    rows = torch.cat([batch.prompts.unsqueeze(1).expand(-1, grpo.SAMPLES, -1), batch.responses], -1).flatten(0, 1)
+    with torch.no_grad():
+        chances = training.policy(input_ids=rows[:, :-1]).logits.float()[:, 5:].softmax(-1)
+    entropy = torch.distributions.Categorical(chances).entropy()
+    expected = entropy[rows[:, 6:] != training.policy.config.pad_token_id].mean().item()
+    assert Merged(training, batch).entropy() == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_jump_is_the_products_prediction_and_an_undone_one_leaves_no_trace(base, questions, monkeypatch):
