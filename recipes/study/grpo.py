@@ -14,14 +14,16 @@ from transformers import Qwen2ForCausalLM
 
 from relex_verl.trajectory.shards import TensorShard, whole
 from study.grid import PROMPTS, SAMPLES
-from study.task import ANSWER_TOKENS, PROMPT_TOKENS, Questions, load_model
+from study.task import Questions, load_model
 
 ADVANTAGE_EPSILON = 1e-6
 
 
 @torch.no_grad()
-def sample(policy: Qwen2ForCausalLM, prompts_P6: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """`SAMPLES` responses to each prompt at temperature 1, (P, SAMPLES, 4), padded after the end token.
+def sample(
+    policy: Qwen2ForCausalLM, prompts_P6: torch.Tensor, generator: torch.Generator, length: int = 4
+) -> torch.Tensor:
+    """`SAMPLES` responses to each prompt at temperature 1, (P, SAMPLES, length), padded after the end token.
 
     Samples of a prompt that begin alike share one row of the batch until they part.
     """
@@ -30,16 +32,16 @@ def sample(policy: Qwen2ForCausalLM, prompts_P6: torch.Tensor, generator: torch.
     row_N = torch.arange(len(prompts_P6)).repeat_interleave(SAMPLES)
     tokens: list[torch.Tensor] = []
     ended_N = torch.zeros(len(row_N), dtype=torch.bool)
-    for position in range(ANSWER_TOKENS):
+    for position in range(length):
         chances_RV = out.logits[:, -1].float().softmax(-1)
         token_N = torch.multinomial(chances_RV[row_N], 1, generator=generator).squeeze(1).masked_fill(ended_N, pad)
         tokens.append(token_N)
         ended_N |= token_N == end
-        if position < ANSWER_TOKENS - 1:
+        if position < length - 1:
             beginnings, row_N = torch.stack([row_N, token_N], dim=1).unique(dim=0, return_inverse=True)
             out.past_key_values.batch_select_indices(beginnings[:, 0])
             out = policy(input_ids=beginnings[:, 1:], past_key_values=out.past_key_values, use_cache=True)
-    return torch.stack(tokens, dim=1).view(len(prompts_P6), SAMPLES, ANSWER_TOKENS)
+    return torch.stack(tokens, dim=1).view(len(prompts_P6), SAMPLES, length)
 
 
 def advantages(rewards_PG: torch.Tensor) -> torch.Tensor:
@@ -64,14 +66,14 @@ def policy_loss(
     rows, weight = rows[weight.abs() > ADVANTAGE_EPSILON], weight[weight.abs() > ADVANTAGE_EPSILON]
     if not len(rows):
         return torch.zeros((), requires_grad=True)
-    logits = policy(input_ids=rows[:, :-1], logits_to_keep=ANSWER_TOKENS).logits.float()
-    answer = rows[:, PROMPT_TOKENS:]
+    answer = rows[:, prompts_P6.shape[1] :]
+    logits = policy(input_ids=rows[:, :-1], logits_to_keep=answer.shape[1]).logits.float()
     log_prob = logits.log_softmax(-1).gather(-1, answer.unsqueeze(-1)).squeeze(-1).masked_fill(answer == pad, 0.0)
     return -(weight * log_prob.sum(1)).sum() / token_count
 
 
 class Batch(NamedTuple):
-    """What was sampled for a step: (P, 6), (P, SAMPLES, 4), (P, SAMPLES)."""
+    """What was sampled for a step: (P, 6), (P, SAMPLES, 4), (P, SAMPLES); of three-digit addition 8 and 5."""
 
     prompts: torch.Tensor
     responses: torch.Tensor
@@ -112,7 +114,7 @@ class Grpo:
         """The next step's samples with their rewards."""
         rows = self._next_rows()
         prompts, answers = self.train.prompts[rows], self.train.answers[rows]
-        responses = sample(self.policy, prompts, self.generator)
+        responses = sample(self.policy, prompts, self.generator, answers.shape[1])
         return Batch(prompts, responses, (responses == answers.unsqueeze(1)).all(-1).float())
 
     @torch.no_grad()
@@ -141,6 +143,6 @@ class Grpo:
     def _next_rows(self) -> torch.Tensor:
         """Every training question once before any a second time, in the seed's order."""
         if len(self.queue) < PROMPTS:
-            self.queue = torch.randperm(len(self.train.tokens), generator=self.generator)
+            self.queue = torch.randperm(len(self.train.prompts), generator=self.generator)
         rows, self.queue = self.queue[:PROMPTS], self.queue[PROMPTS:]
         return rows

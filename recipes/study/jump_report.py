@@ -1,4 +1,4 @@
-"""Tables of the jump study: from the runs' records to jumps.csv and through_verl.csv, and into RESULTS.md, when asked."""
+"""Tables of the jump study: from the runs' records to CSV files, and into RESULTS.md, when asked."""
 
 import json
 from collections.abc import Iterable
@@ -10,7 +10,9 @@ import pandas as pd
 from study.score import write_csv
 from study.tables import markdown, spread
 
-LOOP_COLUMNS = ("learning_rate", "seed", "arm", "step", "cost_in_steps", "backward_passes", "accuracy")
+LOOP_COLUMNS = ("learning_rate", "seed", "arm", "step", "cost_in_steps", "backward_passes", "accuracy", "gate_closed")
+WATCHING = ("ema", "bema")  # averages of a plain run, no runs
+FAR_BELOW = 0.015
 VERL_COLUMNS = ("learning_rate", "seed", "arm", "step", "cost_in_steps", "accuracy", "accuracy_validation")
 
 
@@ -24,15 +26,14 @@ def loop_rows(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for one in found:
         closed = one.get("gate", {}).get("closed")  # from then on a step is a plain one
-        curves = {one["arm"]: one["accuracy"], **{name: one[name] for name in ("ema", "bema") if name in one}}
+        curves = {one["arm"]: one["accuracy"], **{name: one[name] for name in WATCHING if name in one}}
         for arm, accuracies in curves.items():
             for step, accuracy in accuracies.items():
                 known = {"learning_rate": one["learning_rate"], "seed": one["seed"], "arm": arm, "step": int(step)}
                 by_rule = min(int(step), closed or int(step))
                 passes = int(step) + by_rule * (one["backward_passes_a_step"] - 1)
-                rows.append(
-                    {**known, "cost_in_steps": one["cost"][step], "backward_passes": passes, "accuracy": accuracy}
-                )
+                row = {"cost_in_steps": one["cost"][step], "backward_passes": passes, "accuracy": accuracy}
+                rows.append({**known, **row, "gate_closed": closed})
     return rows
 
 
@@ -59,16 +60,43 @@ def verl_rows(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def loop_table(runs: pd.DataFrame, steps: Iterable[int]) -> str:
-    """Accuracy by arm, rate and step, means over seeds; in brackets what it cost at the last step."""
+    """By rate and arm: accuracies at these steps, means over seeds; at the last one minus the same seeds' plain runs."""
     steps = [step for step in steps if (runs.step == step).any()]
-    header = ["learning rate", "arm", "seeds", *(f"step {step}" for step in steps), "with scores", "backward passes"]
+    header = ["learning rate", "arm", "seeds", *(f"step {step}" for step in steps), "minus plain, points"]
+    header += ["with scores", "backward passes", "gate closed at"]
     rows = []
     for (rate, arm), own in runs.groupby(["learning_rate", "arm"]):
         last = own[own.step == own.step.max()]
         cells = [spread(own[own.step == step].accuracy) for step in steps]
-        rows.append([f"{rate:g}", arm, str(own.seed.nunique()), *cells, f"{last.cost_in_steps.mean():.0f} steps"])
-        rows[-1].append(f"{last.backward_passes.mean():.0f}")
+        gains = 100 * beside_plain(runs[(runs.learning_rate == rate) & runs.arm.isin([arm, "plain"])]).difference
+        cells.append("" if arm == "plain" else f"{gains.mean():+.1f}" if len(gains) else "-")
+        cells += [f"{last.cost_in_steps.mean():.0f} steps", f"{last.backward_passes.mean():.0f}"]
+        closed = [f"{step:.0f}" for step in last.sort_values("seed").gate_closed.dropna()]
+        rows.append([f"{rate:g}", arm, str(own.seed.nunique()), *cells, ", ".join(closed)])
     return markdown(header, rows)
+
+
+def beside_plain(runs: pd.DataFrame) -> pd.DataFrame:
+    """Every run at the last step that its plain twin has too: `accuracy`, `accuracy_plain` and their `difference`."""
+    known = ["learning_rate", "seed", "step"]
+    plain = runs[runs.arm == "plain"][[*known, "accuracy"]]
+    pairs = runs[runs.arm != "plain"].merge(plain, on=known, suffixes=("", "_plain"))
+    last = pairs.groupby(["learning_rate", "seed", "arm"]).step.transform("max")
+    pairs = pairs[pairs.step == last]
+    return pairs.assign(difference=pairs.accuracy - pairs.accuracy_plain)
+
+
+def below_table(trainers: dict[str, pd.DataFrame]) -> str:
+    """Each run that ends more than 1.5 points below its plain twin at equal real steps."""
+    header = ["trained by", "learning rate", "seed", "arm", "step", "accuracy", "plain", "points"]
+    rows, compared = [], 0
+    for name, runs in trainers.items():
+        pairs = beside_plain(runs[~runs.arm.isin([*WATCHING, "jumped"])])
+        compared += len(pairs)
+        for one in pairs[pairs.difference < -FAR_BELOW].itertuples():
+            cells = [f"{one.learning_rate:g}", str(one.seed), one.arm, str(one.step), f"{one.accuracy:.3f}"]
+            rows.append([name, *cells, f"{one.accuracy_plain:.3f}", f"{100 * one.difference:+.1f}"])
+    return f"{len(rows)} of {compared} runs.\n\n{markdown(header, rows)}" if rows else f"None of {compared} runs."
 
 
 def verl_table(runs: pd.DataFrame) -> str:
@@ -94,16 +122,17 @@ def _at(runs: pd.DataFrame, arm: str, step: int) -> str:
     return f"{found.accuracy.iloc[0]:.3f}" if len(found) else "-"
 
 
-def jump_tables(loop: Path, verl: Path, folder: Path) -> dict[str, str]:
-    """Write the CSV files of what is done so far; name of a table -> Markdown."""
+def jump_tables(out: Path, folder: Path) -> dict[str, str]:
+    """Write the CSV files of what is done so far below `out`; name of a table -> Markdown."""
     folder.mkdir(parents=True, exist_ok=True)
-    tables = {}
-    for name, columns, rows in (
-        ("jumps", LOOP_COLUMNS, loop_rows(records(loop))),
-        ("through_verl", VERL_COLUMNS, verl_rows(records(verl))),
+    tables, trainers = {}, {}
+    for name, source, columns, rows_of in (
+        ("jumps", "loop", LOOP_COLUMNS, loop_rows),
+        ("jumps_three_digit", "loop-three-digit", LOOP_COLUMNS, loop_rows),
+        ("through_verl", "verl", VERL_COLUMNS, verl_rows),
     ):
-        if rows:
+        if rows := rows_of(records(out / source)):
             write_csv(folder / f"{name}.csv", columns, rows)
-            runs = pd.DataFrame(rows)
+            runs = trainers[source] = pd.DataFrame(rows)
             tables[name] = verl_table(runs) if name == "through_verl" else loop_table(runs, (20, 60, 100, 160))
-    return tables
+    return tables | {"jumps_below": below_table(trainers)}

@@ -4,6 +4,7 @@ The questions that are never trained on are halved: on every second one jumps ar
 other half), by the product's own search and tests; accuracies are of the rest, which nothing sees.
 """
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ from relex_verl.maths.harm import judge_jump, judge_undo
 from relex_verl.maths.search import search
 from relex_verl.maths.window import Window
 from relex_verl.trajectory.files import write_json
+from study import three_digit
 from study.grid import PROMPTS, SAMPLES
 from study.grpo import Grpo
 from study.peers import RULES
@@ -26,6 +28,7 @@ from study.train import Progress, flat_weights
 NEAREST = 1.5  # windows; as in the product
 CANDIDATES = 6
 CONFIDENCE = 0.8
+TASKS = {"two-digit": load_questions, "three-digit": three_digit.load_questions}
 EMA_LAG = 10
 
 
@@ -61,7 +64,7 @@ ARMS = (
 
 @dataclass(frozen=True)
 class JumpGrid:
-    """What is run: every arm at every rate with every seed; at the control rates the plain arm only."""
+    """What is run: every arm at every rate with every seed; at the control rates the plain arm only. A task of `TASKS`."""
 
     steps: int
     window: int
@@ -69,12 +72,18 @@ class JumpGrid:
     learning_rates: tuple[float, ...]
     controls: tuple[float, ...]
     seeds: tuple[int, ...]
+    task: str = "two-digit"
 
     def runs(self) -> list["JumpRun"]:
         """A whole seed before the next one, the controls last."""
         rates = [(rate, arm) for rate in self.learning_rates for arm in ARMS]
         rates += [(rate, ARMS[0]) for rate in self.controls]
         return [JumpRun(arm, rate, seed) for seed in self.seeds for rate, arm in rates]
+
+    def has(self, path: Path) -> bool:
+        """Whether a run is done, as far as this grid trains."""
+        last = self.steps - self.steps % self.score_every
+        return path.exists() and str(last) in json.loads(path.read_text())["accuracy"]
 
 
 FULL = JumpGrid(160, 20, 10, (6e-7, 2e-6, 2e-5), (3e-7, 6e-6, 6e-5, 2e-4), (1, 2, 3))
@@ -122,7 +131,7 @@ class Jumper:
 
     def __init__(self, training: Grpo, how: str, window: int, test: Questions) -> None:
         self.training, self.how, self.window = training, how, window
-        self.asked = Questions(test.tokens[::2], test.labels[::2])
+        self.asked = test.part(slice(0, None, 2))
         self.horizon, self.scores = NEAREST, 0
         self.kept: tuple[torch.Tensor, dict, QuestionScores, int] | None = None  # weights, optimizer, scores, step
         self.begin(0)
@@ -229,13 +238,13 @@ class Averages:
 
 
 def jump_run(run: JumpRun, grid: JumpGrid, base: Path, out: Path, progress: Progress) -> None:
-    """Train one run and write `run.json`; one that is there is skipped."""
+    """Train one run and write `run.json`; one that is there, and as long, is skipped."""
     path = out / run.name / "run.json"
-    if path.exists():
+    if grid.has(path):
         progress(grid.steps)
         return
-    train, test = load_questions(base)
-    unseen = Questions(test.tokens[1::2], test.labels[1::2])
+    train, test = TASKS[grid.task](base)
+    unseen = test.part(slice(1, None, 2))
     training = Grpo(base, train, run.learning_rate, run.seed)
     rule = RULES[run.arm.rule]
     gate = rule.gate()
@@ -247,7 +256,7 @@ def jump_run(run: JumpRun, grid: JumpGrid, base: Path, out: Path, progress: Prog
 
     record: dict[str, Any] = {"arm": run.arm.name, "learning_rate": run.learning_rate, "seed": run.seed, "cuts": []}
     record |= {"backward_passes_a_step": rule.backward_passes, "accuracy": {0: accuracy()}, "cost": {0: 0.0}}
-    share = len(test.tokens[::2]) / (PROMPTS * SAMPLES)  # of a step's samples, that a score takes
+    share = len(test.part(slice(0, None, 2)).prompts) / (PROMPTS * SAMPLES)  # of a step's samples, that a score takes
     for step in range(1, grid.steps + 1):
         if gate.closed is None:
             gate.watch(step, rule.step(training))

@@ -1,42 +1,44 @@
-"""The quickstart's addition task as token tensors, and the score of a model on it."""
+"""Addition as token tensors, the quickstart's of two digits, and the score of a model on it."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from addition import split
-from base_model import IGNORED, build, encode
-from transformers import AutoTokenizer, Qwen2ForCausalLM
-
-PROMPT_TOKENS, ANSWER_TOKENS = 6, 4
+from addition import question, split
+from base_model import END_OF_TURN, IGNORED, build
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2ForCausalLM
 
 
 class Questions(NamedTuple):
     """n questions.
 
     Attributes:
-        tokens: (n, 10), six of the question, then the answer with its end token, padded.
-        labels: (n, 10), the answer's tokens, `IGNORED` elsewhere.
+        prompts: (n, P), all of one length: six tokens of two-digit addition.
+        answers: (n, A) with the end token, padded after it.
+        wanted: (n, A), the answers with `IGNORED` for the padding.
     """
 
-    tokens: torch.Tensor
-    labels: torch.Tensor
+    prompts: torch.Tensor
+    answers: torch.Tensor
+    wanted: torch.Tensor
 
-    @property
-    def prompts(self) -> torch.Tensor:
-        """(n, 6)."""
-        return self.tokens[:, :PROMPT_TOKENS]
+    def part(self, rows: slice) -> "Questions":
+        """Some of them."""
+        return Questions(*(one[rows] for one in self))
 
-    @property
-    def answers(self) -> torch.Tensor:
-        """(n, 4), padded after the end token."""
-        return self.tokens[:, PROMPT_TOKENS:]
+
+def tokenized(tokenizer: PreTrainedTokenizerBase, pairs: list[tuple[int, int]]) -> Questions:
+    """Sums as the model is shown them, and as it should answer."""
+    texts = [f"{question(left, right)}{left + right}{END_OF_TURN}" for left, right in pairs]
+    tokens = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")["input_ids"]
+    prompts, answers = tokens.split([length := len(question(*pairs[0])), tokens.shape[1] - length], dim=1)
+    return Questions(prompts, answers, answers.masked_fill(answers == tokenizer.pad_token_id, IGNORED))
 
 
 def load_questions(base: Path) -> tuple[Questions, Questions]:
     """(train, test): disjoint; the test questions are the quickstart's validation questions."""
     tokenizer = AutoTokenizer.from_pretrained(base)
-    train, test = (Questions(*encode(tokenizer, pairs)) for pairs in split())
+    train, test = (tokenized(tokenizer, pairs) for pairs in split())
     return train, test
 
 
@@ -53,6 +55,6 @@ def greedy_correct(model: Qwen2ForCausalLM, questions: Questions) -> torch.Tenso
     One forward pass with the true answer fed in: greedy decoding finds it exactly when each of its tokens is the
     likeliest one after those before it.
     """
-    predicted = model(input_ids=questions.tokens[:, :-1], logits_to_keep=ANSWER_TOKENS).logits.argmax(-1)
-    wanted = questions.labels[:, PROMPT_TOKENS:]
-    return ((predicted == wanted) | (wanted == IGNORED)).all(dim=1)
+    tokens = torch.cat([questions.prompts, questions.answers[:, :-1]], dim=1)
+    predicted = model(input_ids=tokens, logits_to_keep=questions.answers.shape[1]).logits.argmax(-1)
+    return ((predicted == questions.wanted) | (questions.wanted == IGNORED)).all(dim=1)

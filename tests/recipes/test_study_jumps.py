@@ -13,9 +13,10 @@ pytest.importorskip("transformers")
 from studied import base, one_thread
 
 # isort: split
-from study import grpo, jumping, peers, task, through_verl
+from study import __main__ as command
+from study import grpo, jumping, peers, task, three_digit, through_verl
 from study.grpo import Batch, Grpo, advantages, policy_loss
-from study.jump_report import jump_tables, loop_rows, verl_rows
+from study.jump_report import below_table, jump_tables, loop_rows, loop_table, verl_rows
 from study.jumping import QUICK, Arm, Jumper, JumpRun, QuestionScores, jump_run
 from study.peers import Merged
 from study.train import flat_weights
@@ -27,13 +28,16 @@ TINY = replace(QUICK, steps=7, window=3, score_every=3)
 __all__ = ["base", "one_thread"]
 
 
+@pytest.fixture(scope="module")
+def loaded(base):
+    return tuple(one.part(slice(64)) for one in task.load_questions(base))
+
+
 @pytest.fixture(autouse=True)
-def questions(base, monkeypatch):
-    both = task.load_questions(base)
-    small = task.Questions(*(one[:64] for one in both[0])), task.Questions(*(one[:64] for one in both[1]))
+def questions(loaded, monkeypatch):
     monkeypatch.setattr(grpo, "PROMPTS", 8)
-    monkeypatch.setattr(jumping, "load_questions", lambda _: small)
-    return small
+    monkeypatch.setitem(jumping.TASKS, "two-digit", lambda _: loaded)
+    return loaded
 
 
 def batch_of(training):
@@ -164,8 +168,8 @@ def test_arms_run_are_skipped_when_done_and_make_tables(base, tmp_path):
     assert jumped["cost"]["6"] == 6 + scores * 32 / (grid_samples())
     assert [cut["target"] for cut in found["lr0.001-seed1-reground"]["cuts"]] == [6, 9]
     assert {row["arm"] for row in loop_rows(found.values())} == {"plain", "ema", "bema", "jump", "reground"}
-    tables = jump_tables(tmp_path / "loop", tmp_path / "nothing", tmp_path / "results")
-    assert list(tables) == ["jumps"]
+    tables = jump_tables(tmp_path, tmp_path / "results")
+    assert list(tables) == ["jumps", "jumps_below"]
     assert (
         len(pd.read_csv(tmp_path / "results" / "jumps.csv")) == 3 * 3 + 2 * 2
     )  # the averages begin with the first step
@@ -197,3 +201,55 @@ def test_verls_runs_are_the_quickstarts_with_rate_and_seed(tmp_path):
     through_verl.write_data(tmp_path)
     sizes = [len(pd.read_parquet(tmp_path / f"{name}.parquet")) for name in ("train", "val")]
     assert sizes == [7588, 256]
+
+
+def test_three_digit_questions_are_longer_and_train_by_the_same_loop(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(three_digit, "TRAINING_SIZE", 64)
+    monkeypatch.setattr(three_digit, "TEST_SIZE", 32)
+    monkeypatch.setattr(three_digit, "MAX_STEPS", 2)
+    train, test = three_digit.load_questions(base)
+    assert (train.prompts.shape, train.answers.shape, len(test.prompts)) == ((64, 8), (64, 5), 32)
+    assert not set(map(tuple, train.prompts.tolist())) & set(map(tuple, test.prompts.tolist()))
+    three_digit.build(tmp_path / "harder", base)
+    three_digit.build(tmp_path / "harder", tmp_path / "not read again")
+    three_digit_grid = replace(TINY, steps=3, task="three-digit")
+    run = JumpRun(Arm("gxpo", "gxpo"), 1e-3, 1)
+    jump_run(run, three_digit_grid, tmp_path / "harder", tmp_path / "jump" / "loop-three-digit", lambda _: None)
+    assert three_digit_grid.has(tmp_path / "jump" / "loop-three-digit" / run.name / "run.json")
+    assert not TINY.has(tmp_path / "jump" / "loop-three-digit" / run.name / "run.json")  # 7 steps
+    assert "gxpo" in jump_tables(tmp_path / "jump", tmp_path / "results")["jumps_three_digit"]
+
+
+def test_a_run_far_below_its_plain_twin_is_listed():
+    known = {"learning_rate": 1.0, "cost": {"5": 5, "9": 9}, "backward_passes_a_step": 1}
+    found = [
+        {**known, "seed": 1, "arm": "plain", "accuracy": {"5": 0.5, "9": 0.6}},
+        {**known, "seed": 1, "arm": "jump", "accuracy": {"5": 0.3, "9": 0.59}},  # 1.0 at the end: not far
+        {**known, "seed": 1, "arm": "sfpo", "accuracy": {"5": 0.48}},  # ended earlier: with the plain one at that step
+        {**known, "seed": 2, "arm": "sfpo", "accuracy": {"5": 0.1}},  # no twin
+    ]
+    runs = pd.DataFrame(loop_rows(found))
+    table = below_table({"loop": runs})
+    assert table.startswith("1 of 2 runs.")
+    assert table.endswith("| loop | 1 | 1 | sfpo | 5 | 0.480 | 0.500 | -2.0 |")
+    assert "| 1 | sfpo | 2 | 0.290 ± 0.269 | -2.0 | 5 steps | 5 |  |" in loop_table(runs, (5,))
+
+
+def test_the_command_trains_what_is_asked_for_and_publishes_what_is_there(base, tmp_path, monkeypatch, capsys):
+    arguments = ["study", "--jump", "--out", str(tmp_path), "--only", "lr6e-07-seed[12]-jump", "--dry-run"]
+    monkeypatch.setattr("sys.argv", arguments)
+    command.main()
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in printed] == [f"lr6e-07-seed{seed}-jump" for seed in (1, 2, 1, 2)]
+    monkeypatch.setattr("sys.argv", [*arguments, "--task", "three-digit", "--steps", "50"])
+    command.main()
+    printed = capsys.readouterr().out
+    assert "50 training steps" in printed
+    assert "loop-three-digit" in printed
+    page = tmp_path / "page" / "RESULTS.md"
+    page.parent.mkdir()
+    page.write_text("<!-- table jumps_below -->\n<!-- end -->\n")
+    monkeypatch.setattr(command, "PAGE", page)
+    monkeypatch.setattr("sys.argv", ["study", "--jump", "--out", str(tmp_path), "--phase", "report", "--publish"])
+    command.main()
+    assert "None of 0 runs." in page.read_text()
