@@ -23,7 +23,7 @@ GXPO_STEPS, GXPO_PART = 5, 0.5
 GXPO_RATIOS, GXPO_ACTIVE = (-2.0, 3.0), 1e-3
 GATE_WINDOW = 30
 SFPO_GATE = 1.0  # `zscore_threshold` of the authors' scripts
-# The authors' README has 0.5 for the paper's runs, the scripts of its main table 2: the one that lets the rule go on longer.
+# A script for the paper's protocol has 0.5, those of its main table 2: the one that lets the rule go on longer.
 GXPO_GATE = 2.0
 
 
@@ -126,8 +126,8 @@ def gxpo_step(training: Grpo) -> float:
 
     Returns the statistic of its gate, the norm of the last update's gradient before clipping: "when the lookahead signal
     becomes unstable" the paper goes back to GRPO, by the z-score of that norm against the norms before it, upwards only, for
-    good (github.com/SwapniL-afk-now/final-gxpo, `verl/workers/actor/gxpo_state.py`: a full window of 30, population
-    deviation). A later state of that code watches the entropy instead, as SFPO does.
+    good (github.com/SwapniL-afk-now/final-gxpo, apparently its first author's, `verl/workers/actor/gxpo_state.py`: a full
+    window of 30, population deviation). A later state of that code watches the entropy instead, as SFPO does.
     """
     batch = training.sampled()
     merged, start = Merged(training, batch), flat_weights(training)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Reruns the evidence behind relex-verl's defaults: bash recipes/study/run.sh [--out DIR] [--jump] [--quick] [--keep] [--publish] [--dry-run]
+# Reruns the evidence behind relex-verl's defaults: bash recipes/study/run.sh [--out DIR] [--jump] [--quick] [--publish] [--help]
 # 9 training runs of a 1M-parameter model on the CPU, their predictions and scores. Run again, it goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
