@@ -96,7 +96,8 @@ class Observer:
         with self.ranks.together(), exhausted(source) as shards:
             self._states = torch.empty(sum(sizes), dtype=self.kind.dtype)
             states = self._states.split(sizes)
-            held = {name: Held(*where, state) for (name, where), state in zip(mine.items(), states, strict=True)}
+            own = {name: state.to(self.kind.of(name).dtype) for name, state in zip(mine, states, strict=True)}
+            held = {name: Held(*where, own[name]) for name, where in mine.items()}
             self.collector.begin(held, len(self.shapes))
             dtypes = set()
             for _, shard_held, data in counted(shards, self.held):
@@ -117,7 +118,8 @@ class Observer:
         """
         tensors = {name: list(shape) for name, shape in self.shapes.items()}
         facts = self.kind.name, self.ranks.world_size, tensors, self.aliases, self.run
-        index = TrajectoryIndex(self.base_model, *facts, adapters=self.adapters is not None)
+        adapters, encodings = self.adapters is not None, self.kind.encodings
+        index = TrajectoryIndex(self.base_model, *facts, adapters=adapters, encodings=encodings)
         existing = resuming.find(self.ranks, self.folder, index, step)
         if existing is None:
             if self.adapters is not None and step:
@@ -243,12 +245,11 @@ class Observer:
     def histories(self) -> Iterator[ShardHistory]:
         """This rank's shards with all that is kept of them, in the order of the stacks."""
         index = {name: i for i, name in enumerate(self.held)}
-        from_last = self.kind.rows is not None and self.kind.rows.anchor_is_last
         origin = self._origin()
         for name in self.shapes:
             if name in self.held:
-                held = self.held[name]
-                anchor = held.state if from_last else origin[name]
+                held, codec = self.held[name], self.kind.of(name).rows
+                anchor = held.state if codec is not None and codec.anchor_is_last else origin[name]
                 parts, dtype = self.collector.parts(index[name]), self.base.dtype(name)
                 yield ShardHistory(name, held.shape, held.placement, anchor, parts, dtype)
 

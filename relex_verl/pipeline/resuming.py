@@ -105,6 +105,10 @@ def create(
                 index.base_fingerprint = of_tensors(base)
             is_base = all(_same_bits(base.read(name, shard.placement), shard.state) for name, shard in held.items())
     everywhere_base = all(ranks.gather(is_base))
+    if index.encodings and not everywhere_base:  # their states do not lie end to end
+        raise TrajectoryError(
+            "tensors in kinds of their own are followed only in a run that starts from its base model"
+        )
     with ranks.together():
         if ranks.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)

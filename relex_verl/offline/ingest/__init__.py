@@ -192,8 +192,8 @@ def _common_layout(
 ) -> Layout:
     """Check all that headers tell before anything is written; what must be merged or downloaded is checked in its turn.
 
-    A few tensors of another type that never move (float32 router biases among bfloat16 weights) are not followed, so that
-    they do not decide how the others are: they are the base's.
+    A few tensors of another type that never move (float32 router biases among bfloat16 weights) are not followed: they are
+    the base's. Where not all checkpoints can be looked into before, that is not known, and they are.
 
     Args:
         base: the base model.
@@ -206,7 +206,7 @@ def _common_layout(
     layout = Layout.of(base, first)
     layout.check(first)
     check_tied(base, layout.aliases)
-    follows_all = options.trajectory == "fp32" or opened.kind in ("adapter", "verl")
+    follows_all = options.trajectory == "fp32" or any(entry.kind != "safetensors" for entry in found)
     unmoved = set() if follows_all else layout.unmoved(layout.wide, first)
     for entry in found:
         entry.check_allowed(options.allow_pickle)
@@ -215,8 +215,7 @@ def _common_layout(
             unmoved = layout.unmoved(unmoved, there)
     if begun is not None:  # as it was decided then
         return layout.without([name for name in layout.shapes if name not in begun.index.tensors])
-    rest = layout.without(sorted(unmoved))
-    return rest if unmoved and rest.exact_in_bf16 else layout
+    return layout.without(sorted(unmoved)) if layout.exact_in_bf16(layout.wide) else layout
 
 
 def _in_words(error: BaseException, steps: Sequence[int], out: Path) -> BaseException:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from relex_verl.maths.window import Window
-from relex_verl.trajectory.encodings import PackedStep
+from relex_verl.trajectory.encodings import MixedStep, PackedStep
 from relex_verl.trajectory.shards import Placement
 from relex_verl.trajectory.store import Trajectory
 
@@ -21,7 +21,7 @@ class Held:
     Attributes:
         shape: of the whole tensor.
         placement: which of its elements these are.
-        state: (n,) on the host, in the kind's dtype: the weights at the last row; theta_0 for a sketch.
+        state: (n,) on the host, in its kind's dtype: the weights at the last row; theta_0 for a sketch.
     """
 
     shape: tuple[int, ...]
@@ -40,7 +40,7 @@ class Taken(NamedTuple):
 
     figures_lk: torch.Tensor
     changed_l: torch.Tensor
-    file: PackedStep[Any] | None
+    file: PackedStep[Any] | MixedStep | None
 
 
 class Collector(Protocol):

@@ -71,7 +71,7 @@ class SketchCollector:
         self._moments = PackedStep(self.kind.part, arrays)
         for i, held in enumerate(self.held.values()):
             for j in range(size):
-                check_fits(self._moments.increment(size * i + j), len(held.state))
+                check_fits(self._moments.increment(size * i + j), len(held.state), self.kind.part)
         own = arrays["gram_row"]
         self._own_gram_lrr, self._own_energy_lT = own[:, : size**2].view(-1, size, size), own[:, size**2 :]
         self._gram_Lrr, self._energy_LT = replay.sketched(trajectory, step)
