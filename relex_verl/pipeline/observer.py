@@ -100,7 +100,7 @@ class Observer:
             held = {name: Held(*where, own[name]) for name, where in mine.items()}
             self.collector.begin(held, len(self.shapes))
             dtypes = set()
-            for _, shard_held, data in counted(shards, self.held):
+            for _, shard_held, data in counted(shards, self.held, self.shapes):
                 shard_held.state.copy_(data)
                 dtypes |= {data.dtype} if data.device.type == "cpu" else set()
             for dtype in dtypes:
@@ -185,7 +185,7 @@ class Observer:
         """
         trajectory = self.trajectory
         with self.ranks.together(), exhausted(source) as shards:
-            figures_lk, changed_l, file = self.collector.take(step, counted(shards, self.held))
+            figures_lk, changed_l, file = self.collector.take(step, counted(shards, self.held, self.shapes))
             if file is not None:
                 trajectory.append(self.ranks.rank, step, file)
         mine_lk = torch.zeros(len(self.held), figures_lk.shape[1] + 2, dtype=torch.float64)

@@ -1,6 +1,7 @@
 """The interface of collectors, and what goes in and out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -11,7 +12,7 @@ from relex_verl.trajectory.encodings import MixedStep, PackedStep
 from relex_verl.trajectory.shards import Placement
 from relex_verl.trajectory.store import Trajectory
 
-__all__ = ["Collector", "Held", "Taken"]
+__all__ = ["Collector", "Held", "Taken", "check_later", "naming"]
 
 
 @dataclass
@@ -41,6 +42,25 @@ class Taken(NamedTuple):
     figures_lk: torch.Tensor
     changed_l: torch.Tensor
     file: PackedStep[Any] | MixedStep | None
+
+
+@contextmanager
+def naming(held: Mapping[str, Held], position: int) -> Iterator[None]:
+    """An error about a shard's weights says which tensor it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{list(held)[position]}: {error}") from error
+
+
+def check_later(step: int, steps: Sequence[int]) -> None:
+    """Rows ascend: nothing can be predicted from, or read again, where a step comes twice or a counter jumps back.
+
+    Raises:
+        ValueError: it is not after the steps before.
+    """
+    if steps and step <= steps[-1]:
+        raise ValueError(f"step {step} comes after step {steps[-1]} was observed: the run's steps do not ascend")
 
 
 class Collector(Protocol):

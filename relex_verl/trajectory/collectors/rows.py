@@ -8,7 +8,7 @@ import torch
 from relex_verl.maths.gram import delta_gram, increment_gram
 from relex_verl.maths.window import Window
 from relex_verl.trajectory import replay
-from relex_verl.trajectory.collectors.collector import Held, Taken
+from relex_verl.trajectory.collectors.collector import Held, Taken, check_later, naming
 from relex_verl.trajectory.encodings import MixedStep, PackedStep, Packing, Row, StoredStep
 from relex_verl.trajectory.encodings.fitting import check_fits
 from relex_verl.trajectory.kernels import warm_up
@@ -68,6 +68,7 @@ class RowCollector:
 
     def take(self, step: int, shards: Iterator[tuple[int, Held, torch.Tensor]]) -> Taken:
         """See `Collector`; k = T + 1, the new row of H."""
+        check_later(step, self.steps)
         packings = self._packings()
         row_lT = torch.zeros(len(self.held), len(self.packed) + 1, dtype=torch.float64)
         changed_l = torch.zeros(len(self.held), dtype=torch.float64)
@@ -108,7 +109,8 @@ class RowCollector:
     def _look(self, item: tuple[int, Held, torch.Tensor, list[Row[Any]], Any]) -> tuple[int, Any, torch.Tensor, int]:
         """The increment is None where it was put into the room that there is for it."""
         i, held, data, before, room = item
-        increment, row_T, changed = _codec(self._kinds[i]).take(held.state, data, before, room)
+        with naming(self.held, i):
+            increment, row_T, changed = _codec(self._kinds[i]).take(held.state, data, before, room)
         return i, None if room is not None else increment, row_T, changed
 
     def keep(self, step: int, figures_Lk: torch.Tensor) -> None:
