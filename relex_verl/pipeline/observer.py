@@ -16,6 +16,7 @@ from relex_verl.pipeline.adapters import take_first_origin
 from relex_verl.pipeline.collectives import Collectives
 from relex_verl.pipeline.engine_shards import counted, exhausted
 from relex_verl.pipeline.observation import Observation
+from relex_verl.pipeline.recutting import recut
 from relex_verl.trajectory.collectors import Held, collector_of
 from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint, resolve_model
 from relex_verl.trajectory.index import TrajectoryIndex
@@ -114,7 +115,7 @@ class Observer:
         `replays` is its record: a host's checkpoint of the step was saved before its jump.
 
         Raises:
-            TrajectoryError: the folder holds the trajectory of another run, or of another number of ranks; a damaged origin.
+            TrajectoryError: the folder holds the trajectory of another run, or one of which a rank's files are gone.
         """
         tensors = {name: list(shape) for name, shape in self.shapes.items()}
         facts = self.kind.name, self.ranks.world_size, tensors, self.aliases, self.run
@@ -127,8 +128,8 @@ class Observer:
             base = self.base if self.adapters is None else self.adapters
             self._trajectory = resuming.create(self.ranks, self.folder, index, self.held, self._states, base)
         else:
+            self._trajectory = existing = recut(self.ranks, existing, self.held)
             windows.go_on(self.ranks, existing, self.collector)
-            self._trajectory = existing
             self.replays = existing.record if existing.number and existing.record.origin_step == step else None
             self._count_bytes()
         self._base = self._base or self.trajectory.base()

@@ -49,6 +49,7 @@ class TrajectoryIndex:
         base_fingerprint: of the base model's tensors, see `fingerprint`; empty where it was not taken.
         ingested: of a finished run: step -> fingerprint of the files that it was recorded from.
         encodings: tensor -> name of its own kind, of those that are kept in another than `encoding`.
+        requantized: how often quantised rows were quantised again, for ranks that cut the weights otherwise.
     """
 
     base_model: str
@@ -64,6 +65,7 @@ class TrajectoryIndex:
     base_fingerprint: str = ""
     ingested: dict[str, str] = field(default_factory=dict)
     encodings: dict[str, str] = field(default_factory=dict)
+    requantized: int = 0
 
 
 def read_index(folder: Path) -> TrajectoryIndex:
@@ -120,7 +122,7 @@ def write_index(folder: Path, index: TrajectoryIndex) -> None:
         del content["adapters"]
     if index.encodings:
         content["schema_version"] = 4
-    for key in ("given_up", "base_fingerprint", "ingested", "encodings"):
+    for key in ("given_up", "base_fingerprint", "ingested", "encodings", "requantized"):
         if not content[key]:
             del content[key]
     for window in content["windows"]:

@@ -151,7 +151,7 @@ def _advanced(codec: RowCodec, origin: torch.Tensor, increments: Sequence[Any]) 
 
 
 def error_bound(trajectory: Trajectory, step: int) -> float:
-    """How far a weight of `states(step)` can be from the engine's own: 0 for bf16, a quantum for fp32."""
+    """How far a weight can be from the engine's own: 0 for bf16, else a quantum each time it was quantised."""
     if step == trajectory.record.origin_step:
         return 0.0
     _check_observed(trajectory, step)
@@ -162,7 +162,7 @@ def error_bound(trajectory: Trajectory, step: int) -> float:
             codec = kind.of(name).rows
             assert codec is not None
             bounds.append(codec.error_bound(packed.increment(i)))
-    return max(bounds)
+    return max(bounds) * (1 + trajectory.index.requantized)
 
 
 def states(trajectory: Trajectory, step: int) -> Iterator[TensorShard]:

@@ -45,7 +45,7 @@ from relex_verl.trajectory.index import (
 from relex_verl.trajectory.kinds import KINDS, Kind, RowCodec
 from relex_verl.trajectory.origin import Origin
 from relex_verl.trajectory.shards import Placement
-from relex_verl.trajectory.windows import check_windows
+from relex_verl.trajectory.windows import check_windows, next_folder
 
 __all__ = ["ADAPTER_FOLDER", "FILES_FOLDER", "Trajectory", "TrajectoryError"]
 
@@ -103,10 +103,10 @@ class Trajectory:
         Raises:
             TrajectoryError: an earlier step; a jump that says something else than it has to.
         """
-        other, number = copy(self), len(self.index.windows)
-        other.index, other.number = deepcopy(self.index), number
-        begun_by = None if jump is None else dict(jump)
-        record = WindowRecord(origin_step, "stored", folder=f"window_{number:03d}", jump=begun_by, undone=undone)
+        other = copy(self)
+        other.index, other.number = deepcopy(self.index), len(self.index.windows)
+        begun_by, folder = None if jump is None else dict(jump), next_folder([one.folder for one in self.windows])
+        record = WindowRecord(origin_step, "stored", folder=folder, jump=begun_by, undone=undone)
         other.index.windows.append(record)
         other.index.schema_version = max(2, self.index.schema_version)
         try:
