@@ -94,7 +94,7 @@ class Kind:
 
     def beside(self, encodings: Mapping[str, str]) -> "Kind":
         """The same with some tensors kept in other kinds, tensor -> name of a kind that keeps rows."""
-        return replace(self, own={tensor: KINDS[name] for tensor, name in encodings.items()})
+        return replace(self, own={tensor: KINDS[name] for tensor, name in encodings.items()}) if encodings else self
 
     @property
     def encodings(self) -> dict[str, str]:
