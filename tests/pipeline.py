@@ -54,10 +54,15 @@ def rank_main(rank: int, world: int, work: Callable[..., None], port: int, *args
 
 def on_two_ranks(work: Callable[..., None], *args: object) -> None:
     """Run a function of a module on two processes that talk to each other: work(rank, world, *args)."""
+    on_ranks(2, work, *args)
+
+
+def on_ranks(world: int, work: Callable[..., None], *args: object) -> None:
+    """The same on any number of them."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(rank_main, args=(2, work, port, *args), nprocs=2)
+    mp.spawn(rank_main, args=(world, work, port, *args), nprocs=world)
 
 
 def train_rank(rank: int, world: int, out: Path, base: Path, kind: str) -> None:

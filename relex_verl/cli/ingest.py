@@ -29,7 +29,8 @@ def ingest(
     quantization: Annotated[
         str,
         typer.Option(
-            help="Of an fp32 trajectory: int8, int4, none, or auto: none for what `relex-verl checkout` wrote, else int8."
+            help="Of an fp32 trajectory: int8, int4, none, or auto: none for what `relex-verl checkout` wrote and for a few "
+            "float32 tensors among bfloat16 ones, else int8."
         ),
     ] = "auto",
     allow_pickle: AllowPickle = False,

@@ -103,6 +103,7 @@ def _in_words(error: OSError) -> str:
     cure = {
         errno.ENOSPC: ": make room there, or give another --out",
         errno.EDQUOT: ": make room there, or give another --out",
+        errno.EFBIG: ": no file may be so large there (ulimit -f), give another --out",
         errno.EACCES: ": this user may not read or write it, chmod it or give another place",
         errno.EROFS: ": give another place",
         errno.ENOTDIR: ": a part of it is a file, give a folder",

@@ -58,6 +58,7 @@ def info(
     facts: dict[str, Any] = {
         "base model": opened.index.base_model,
         "trajectory": opened.index.encoding,
+        **({"tensors in their own encoding": opened.index.encodings} if opened.index.encodings else {}),
         "observed steps": step_ranges(steps),
         "ranks": opened.index.world_size,
         "tensors": len(opened.names),
@@ -121,8 +122,9 @@ def checkout(
     with clear_errors():
         opened = window_holding(Trajectory(trajectory, base=base), step, after_jump)
         error = replay.error_bound(opened, step)
+        own = opened.index.encodings
         facts = Checkout.of(
-            step, error, opened.index.base_model, trajectory.resolve(), opened.number, after_jump
+            step, error, opened.index.base_model, trajectory.resolve(), opened.number, after_jump, own
         ).to_json()
         with element_bar(opened, f"step {step}") as advance:
             # A float32 state has digits that the base's own types would cut off; a bfloat16 one has none.
@@ -134,7 +136,8 @@ def checkout(
     if as_json:
         print_json({"step": step, "path": str(out), "max_error": error})
         return
-    exact = "bit for bit" if error == 0 else f"float32, each weight within {error:.1e}"
+    which = f"bit for bit; {len(own)} tensors in float32" if own else "float32"
+    exact = "bit for bit" if error == 0 else f"{which}, each weight within {error:.1e}"
     console.print(f"step {step} ({exact}): {out}", highlight=False)
 
 

@@ -16,6 +16,7 @@ from relex_verl.pipeline.adapters import take_first_origin
 from relex_verl.pipeline.collectives import Collectives
 from relex_verl.pipeline.engine_shards import counted, exhausted
 from relex_verl.pipeline.observation import Observation
+from relex_verl.pipeline.recutting import recut
 from relex_verl.trajectory.collectors import Held, collector_of
 from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint, resolve_model
 from relex_verl.trajectory.index import TrajectoryIndex
@@ -96,10 +97,11 @@ class Observer:
         with self.ranks.together(), exhausted(source) as shards:
             self._states = torch.empty(sum(sizes), dtype=self.kind.dtype)
             states = self._states.split(sizes)
-            held = {name: Held(*where, state) for (name, where), state in zip(mine.items(), states, strict=True)}
+            own = {name: state.to(self.kind.of(name).dtype) for name, state in zip(mine, states, strict=True)}
+            held = {name: Held(*where, own[name]) for name, where in mine.items()}
             self.collector.begin(held, len(self.shapes))
             dtypes = set()
-            for _, shard_held, data in counted(shards, self.held):
+            for _, shard_held, data in counted(shards, self.held, self.shapes):
                 shard_held.state.copy_(data)
                 dtypes |= {data.dtype} if data.device.type == "cpu" else set()
             for dtype in dtypes:
@@ -113,11 +115,12 @@ class Observer:
         `replays` is its record: a host's checkpoint of the step was saved before its jump.
 
         Raises:
-            TrajectoryError: the folder holds the trajectory of another run, or of another number of ranks; a damaged origin.
+            TrajectoryError: the folder holds the trajectory of another run, or one of which a rank's files are gone.
         """
         tensors = {name: list(shape) for name, shape in self.shapes.items()}
         facts = self.kind.name, self.ranks.world_size, tensors, self.aliases, self.run
-        index = TrajectoryIndex(self.base_model, *facts, adapters=self.adapters is not None)
+        adapters, encodings = self.adapters is not None, self.kind.encodings
+        index = TrajectoryIndex(self.base_model, *facts, adapters=adapters, encodings=encodings)
         existing = resuming.find(self.ranks, self.folder, index, step)
         if existing is None:
             if self.adapters is not None and step:
@@ -125,8 +128,8 @@ class Observer:
             base = self.base if self.adapters is None else self.adapters
             self._trajectory = resuming.create(self.ranks, self.folder, index, self.held, self._states, base)
         else:
+            self._trajectory = existing = recut(self.ranks, existing, self.held)
             windows.go_on(self.ranks, existing, self.collector)
-            self._trajectory = existing
             self.replays = existing.record if existing.number and existing.record.origin_step == step else None
             self._count_bytes()
         self._base = self._base or self.trajectory.base()
@@ -183,7 +186,7 @@ class Observer:
         """
         trajectory = self.trajectory
         with self.ranks.together(), exhausted(source) as shards:
-            figures_lk, changed_l, file = self.collector.take(step, counted(shards, self.held))
+            figures_lk, changed_l, file = self.collector.take(step, counted(shards, self.held, self.shapes))
             if file is not None:
                 trajectory.append(self.ranks.rank, step, file)
         mine_lk = torch.zeros(len(self.held), figures_lk.shape[1] + 2, dtype=torch.float64)
@@ -243,12 +246,11 @@ class Observer:
     def histories(self) -> Iterator[ShardHistory]:
         """This rank's shards with all that is kept of them, in the order of the stacks."""
         index = {name: i for i, name in enumerate(self.held)}
-        from_last = self.kind.rows is not None and self.kind.rows.anchor_is_last
         origin = self._origin()
         for name in self.shapes:
             if name in self.held:
-                held = self.held[name]
-                anchor = held.state if from_last else origin[name]
+                held, codec = self.held[name], self.kind.of(name).rows
+                anchor = held.state if codec is not None and codec.anchor_is_last else origin[name]
                 parts, dtype = self.collector.parts(index[name]), self.base.dtype(name)
                 yield ShardHistory(name, held.shape, held.placement, anchor, parts, dtype)
 

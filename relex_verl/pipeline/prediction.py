@@ -74,9 +74,10 @@ def weighted_tensors(
     wanted = (len(window.names), window.rows)
     if tuple(weights_LT.shape) != wanted:
         raise ValueError(f"need weights of shape {wanted}, got {tuple(weights_LT.shape)}")
-    coefficients = dict(zip(window.names, kind.coefficients(weights_LT, window.steps).tolist(), strict=True))
+    coefficients = kind.coefficients_of(window.names, weights_LT, window.steps)
     for shard in histories:
-        data = kind.accumulate(shard.anchor, shard.parts, coefficients[shard.name], dtype or shard.dtype)
+        fit = (shard.anchor, shard.parts, coefficients[shard.name], dtype or shard.dtype)
+        data = kind.of(shard.name).accumulate(*fit)
         yield TensorShard(shard.name, shard.shape, shard.placement, data)
 
 
@@ -142,8 +143,12 @@ def write_checkpoint(
         dtype: of all observed tensors; None for that in which the base stores each.
         progress: called with the number of elements of each shard written.
     """
-    base, aliases, followed = trajectory.base(), trajectory.index.aliases, trajectory.kind.dtype
-    writer = CheckpointWriter(base, folder, set(trajectory.names), aliases, dtype, followed, trajectory.files)
+    base, kind = trajectory.base(), trajectory.kind
+    if dtype is None:
+        shards = (base.in_own_type(shard, kind.of(shard.name).dtype) for shard in shards)
+    writer = CheckpointWriter(
+        base, folder, set(trajectory.names), trajectory.index.aliases, dtype, beside=trajectory.files
+    )
     return _written(writer, shards, provenance, progress)
 
 

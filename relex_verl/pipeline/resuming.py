@@ -52,8 +52,15 @@ def find(ranks: Collectives, folder: Path, index: TrajectoryIndex, step: int) ->
     window: Trajectory | None = None
     with ranks.together():
         window = None if existing is None else window_at(existing, step)
-    # A node that crashed may have left its last files empty, although the index names them.
-    readable = 0 if window is None else readable_until(window, ranks.rank, step)
+    written_by: Sequence[int] = []  # whose files this rank looks at
+    readable = step
+    with ranks.together():
+        if window is not None:
+            written_by = range(ranks.rank, window.index.world_size, ranks.world_size)
+            for rank in written_by:
+                _check_there(window, rank)
+                # A node that crashed may have left its last files empty, although the index names them.
+                readable = min(readable, readable_until(window, rank, step))
     readable = min(ranks.gather(readable))
     if window is None:
         return None
@@ -62,8 +69,19 @@ def find(ranks: Collectives, folder: Path, index: TrajectoryIndex, step: int) ->
         index.given_up = window.index.given_up  # for the one that takes its place
         return None
     with ranks.together():
-        _check_origin(window, ranks.rank)
+        for rank in written_by:
+            _check_origin(window, rank)
     return window
+
+
+def _check_there(window: Trajectory, rank: int) -> None:
+    """What is left where a rank's files are gone, as with a node and its disk, says nothing of the whole weights."""
+    if window.steps and not (window.rank_folder(rank) / "placements.json").exists():
+        raise TrajectoryError(
+            f"{window.rank_folder(rank)}, which rank {rank} of {window.index.world_size} wrote, is missing, and without it "
+            "the weights of this trajectory are not whole. Put it back, or give this run its own relex.output_dir (on a "
+            "file system that all nodes share)"
+        )
 
 
 def _check_origin(window: Trajectory, rank: int) -> None:
@@ -105,6 +123,10 @@ def create(
                 index.base_fingerprint = of_tensors(base)
             is_base = all(_same_bits(base.read(name, shard.placement), shard.state) for name, shard in held.items())
     everywhere_base = all(ranks.gather(is_base))
+    if index.encodings and not everywhere_base:  # their states do not lie end to end
+        raise TrajectoryError(
+            "tensors in kinds of their own are followed only in a run that starts from its base model"
+        )
     with ranks.together():
         if ranks.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
@@ -181,8 +203,7 @@ def _check_same_run(there: TrajectoryIndex, here: TrajectoryIndex, folder: Path)
 
 
 def _identity(index: TrajectoryIndex) -> dict[str, object]:
-    facts = {"base model": index.base_model, "ranks": index.world_size, "encoding": index.encoding}
-    facts["adapters"] = index.adapters
+    facts = {"base model": index.base_model, "encoding": index.encoding, "adapters": index.adapters}
     return {**facts, **index.run}
 
 

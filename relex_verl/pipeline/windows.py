@@ -57,9 +57,10 @@ def begin(
     """
     held = collector.held
     with ranks.together(), exhausted(source) as shards:
-        for _, shard, data in counted(shards, held):
+        for i, shard, data in counted(shards, held, window.names):
             if not data.isfinite().all():
-                raise ValueError("weights are not finite (NaN or infinity): no window can begin from them")
+                name = list(held)[i]
+                raise ValueError(f"{name}: weights are not finite (NaN or infinity): no window can begin from them")
             shard.state.copy_(data)
         window.declare_rank(ranks.rank, {name: shard.placement for name, shard in held.items()}, states)
         collector.begin(held, len(window.names))

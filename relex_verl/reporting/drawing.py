@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec
 
+from relex_verl.reporting.writing import temporary_for
+
 __all__ = ["COLOURS", "DOTS", "LINE", "NULL", "label_figure", "new_figure", "save_figure", "styled"]
 
 Arguments = ParamSpec("Arguments")
@@ -58,5 +60,7 @@ def save_figure(figure: Any, stem: Path) -> list[Path]:
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = [stem.with_name(stem.name + suffix) for suffix in SUFFIXES]
     for path in paths:
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+        kept = {"Date": None} if path.suffix == ".svg" else None
+        with temporary_for(path) as temporary:
+            figure.savefig(temporary, dpi=150, metadata=kept, format=path.suffix[1:])
     return paths

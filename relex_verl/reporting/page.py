@@ -14,6 +14,7 @@ from relex_verl.reporting.findings import CutReport
 from relex_verl.reporting.next_steps import next_steps
 from relex_verl.reporting.page_cuts import WORDS, cuts_so_far, earlier, scores, screened, spent
 from relex_verl.reporting.tables import Cell, cell, count, duration, table
+from relex_verl.reporting.writing import temporary_for
 
 __all__ = ["write_html"]
 
@@ -105,9 +106,8 @@ def write_html(path: Path, report: CutReport, figures: Mapping[str, Path]) -> No
         "<main>\n" + "\n".join(part for part in parts if part) + "\n</main>\n"
         f"<script>\n{_asset('page.js')}</script>\n</html>\n"
     )
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # a path may hold any bytes
-    temporary.replace(path)
+    with temporary_for(path) as temporary:
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")  # a path may hold any bytes
 
 
 def _asset(name: str) -> str:

@@ -1,7 +1,7 @@
 """What made a result: versions of the packages, and the facts of a checkpoint that was not trained so (`relex.json`)."""
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -129,6 +129,7 @@ class Checkout(Record):
         versions: of what gave it back.
         window: of the trajectory, where it is not the first.
         after_jump: whether these are the weights with which training went on after a jump at that step, or an undone one.
+        encodings: tensor -> how it was followed, of those that were in another way than the rest.
     """
 
     base_model: str
@@ -138,6 +139,7 @@ class Checkout(Record):
     versions: dict[str, str]
     window: int | None = field(default=None, kw_only=True, metadata=IF_KNOWN)
     after_jump: bool | None = field(default=None, kw_only=True, metadata=IF_KNOWN)
+    encodings: dict[str, str] | None = field(default=None, kw_only=True, metadata=IF_KNOWN)
     schema_version: int = 1
 
     @classmethod
@@ -149,7 +151,9 @@ class Checkout(Record):
         trajectory: Path,
         window: int = 0,
         after_jump: bool = False,
+        encodings: Mapping[str, str] | None = None,
     ) -> "Checkout":
         """Of a step that is given back now."""
         made = (base_model, step, max_error, str(trajectory), versions())
-        return cls(*made, window=window or None, after_jump=after_jump or None)
+        own = dict(encodings or {}) or None
+        return cls(*made, window=window or None, after_jump=after_jump or None, encodings=own)

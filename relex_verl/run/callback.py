@@ -166,7 +166,7 @@ class RelexCallback:
         Returns:
             Metrics to add to the step's own; empty when there is nothing to do.
         """
-        if not self.active or not self.plan.observes(step):
+        if not self.active or not self.schedule.reach(step).observes(step):
             return {}
         self._log = log
         return self._guard(lambda: self._observe(step)) or {}

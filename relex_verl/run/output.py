@@ -101,7 +101,9 @@ class OutputFolder:
         left += [self.index.parent] if observed else []
         if not left:
             return
-        aside = self.path / time.strftime("superseded-%Y%m%d-%H%M%S")
+        now, number = time.strftime("superseded-%Y%m%d-%H%M%S"), 1
+        while (aside := self.path / (now if number == 1 else f"{now}-{number}")).exists():  # clocks are set back, too
+            number += 1
         aside.mkdir()
         for path in left:
             path.rename(aside / path.name)

@@ -72,6 +72,15 @@ class Schedule:
         """Take the kind of trajectory that the engine allows, by its name."""
         self.kind, self.plan = KINDS[kind], self.plans[kind]
 
+    def reach(self, step: int) -> Plan:
+        """The coming cut, now that this step is done: it is this one where the host has skipped the step of the cut."""
+        assert self.plan is not None
+        if self.plan.t_cut < step < self._total_steps:
+            logger.warning("RELEX: the run has skipped step %d, the cut is at step %d instead", self.plan.t_cut, step)
+            targets = [target for target in self.plan.targets if target > step] or [self._total_steps]
+            self.plan = replace(self.plan, t_cut=step, targets=targets)
+        return self.plan
+
     def following(self) -> Plan | None:
         """The cut after the coming one, if that does not win; None when the run ends before it."""
         if self.plan is None:

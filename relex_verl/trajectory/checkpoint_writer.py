@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from relex_verl.trajectory.alone import hold, is_held
-from relex_verl.trajectory.files import header_bytes, reserve, write_json
+from relex_verl.trajectory.files import copy_whole, header_bytes, into, reserve, write_json
 from relex_verl.trajectory.hf_checkpoint import FLOATS, INDEX_NAME, ITEM_SIZE, BaseCheckpoint
 from relex_verl.trajectory.shards import TensorShard
 
@@ -102,7 +102,7 @@ class CheckpointWriter:
             raise busy from None
         hold(self.partial, self)
         for file, header in self._header.items():
-            with open(self.partial / file, "wb") as stream:
+            with into(self.partial / file), open(self.partial / file, "wb") as stream:
                 stream.write(header)
                 stream.flush()
                 reserve(stream, len(header) + self._size[file])
@@ -112,11 +112,12 @@ class CheckpointWriter:
                 self._put(name, [(0, tensor.view(torch.uint8).numpy())])
         for source in self.base.folder.iterdir():
             if source.is_file() and not source.name.endswith(WEIGHT_SUFFIXES) and source.name != "relex.json":
-                shutil.copyfile(source, self.partial / source.name)  # not its mode: ours follow the umask
+                copy_whole(source, self.partial / source.name)
             elif source.is_dir() and source.name in FOLDERS:
-                shutil.copytree(source, self.partial / source.name, copy_function=shutil.copyfile)
+                with into(self.partial / source.name):
+                    shutil.copytree(source, self.partial / source.name, copy_function=shutil.copyfile)
         for source in self._beside.iterdir() if self._beside is not None and self._beside.is_dir() else ():
-            shutil.copyfile(source, self.partial / source.name)
+            copy_whole(source, self.partial / source.name)
         if self.dtype is not None:
             _declare_dtype(self.partial / "config.json", self.dtype)
         self._write_index()
@@ -145,13 +146,18 @@ class CheckpointWriter:
             write_json(self.partial / "relex.json", dict(provenance))
         for path in self.partial.rglob("*"):
             if path.is_file():
-                with open(path, "rb") as stream:
+                with into(path), open(path, "rb") as stream:
                     os.fsync(stream.fileno())
         replaced = self.folder.with_name(f".{self.folder.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         if self.folder.exists():
             os.replace(self.folder, replaced)
-        os.replace(self.partial, self.folder)
+        try:
+            os.replace(self.partial, self.folder)
+        except OSError:
+            if replaced.exists():
+                os.replace(replaced, self.folder)
+            raise
         shutil.rmtree(replaced, ignore_errors=True)
         return self.folder
 
@@ -179,7 +185,7 @@ class CheckpointWriter:
         of a shared file system must not be written back with ours."""
         file = self.base.entries[name].file
         start = len(self._header[file]) + self._range[name][0]
-        with open(self.partial / file, "r+b", buffering=0) as stream:
+        with into(self.partial / file), open(self.partial / file, "r+b", buffering=0) as stream:
             for offset, content in pieces:
                 view = memoryview(content.data)
                 while len(view):

@@ -21,8 +21,9 @@ __all__ = [
 ]
 
 # 1 (0.1.0): one window, whose rank folders stand in the trajectory's own folder. 2: a folder for each window. 3: LoRA
-# adapters; a trajectory of whole weights is written in schema 2 still, for the versions that know no other.
-SCHEMA_VERSION = 3
+# adapters. 4: tensors in kinds of their own. What has neither is written in schema 2 still, for the versions that know no
+# other.
+SCHEMA_VERSION = 4
 
 
 class TrajectoryError(RuntimeError):
@@ -47,6 +48,8 @@ class TrajectoryIndex:
         given_up: the steps at which windows began that do not count any more, since the run was resumed from before them.
         base_fingerprint: of the base model's tensors, see `fingerprint`; empty where it was not taken.
         ingested: of a finished run: step -> fingerprint of the files that it was recorded from.
+        encodings: tensor -> name of its own kind, of those that are kept in another than `encoding`.
+        requantized: how often quantised rows were quantised again, for ranks that cut the weights otherwise.
     """
 
     base_model: str
@@ -61,10 +64,12 @@ class TrajectoryIndex:
     given_up: list[int] = field(default_factory=list)
     base_fingerprint: str = ""
     ingested: dict[str, str] = field(default_factory=dict)
+    encodings: dict[str, str] = field(default_factory=dict)
+    requantized: int = 0
 
 
 def read_index(folder: Path) -> TrajectoryIndex:
-    """The index of a trajectory, of schema 1 to 3.
+    """The index of a trajectory, of schema 1 to 4.
 
     Raises:
         TrajectoryError: there is none, or one that this version cannot read.
@@ -91,10 +96,21 @@ def read_index(folder: Path) -> TrajectoryIndex:
     if index.encoding not in list(KINDS) or not windows:
         raise TrajectoryError(f"{path} is damaged: encoding {index.encoding!r}, {len(windows)} windows")
     try:
+        _check_encodings(index)
         check_windows(windows, index.given_up)
     except ValueError as error:
         raise TrajectoryError(f"{path} is damaged: {error}") from error
     return index
+
+
+def _check_encodings(index: TrajectoryIndex) -> None:
+    """Whether tensors in kinds of their own have such as keep rows, beside one that does; ValueError where not."""
+    if not isinstance(index.encodings, dict) or not set(index.encodings) <= set(index.tensors):
+        raise ValueError("encodings has to name observed tensors")
+    rows = [name for name, kind in KINDS.items() if kind.keeps_rows]
+    for encoding in (index.encoding, *index.encodings.values()) if index.encodings else ():
+        if encoding not in rows:
+            raise ValueError(f"tensors cannot be kept in several ways where one is {encoding!r}")
 
 
 def write_index(folder: Path, index: TrajectoryIndex) -> None:
@@ -104,7 +120,9 @@ def write_index(folder: Path, index: TrajectoryIndex) -> None:
         content["schema_version"] = 3
     else:
         del content["adapters"]
-    for key in ("given_up", "base_fingerprint", "ingested"):
+    if index.encodings:
+        content["schema_version"] = 4
+    for key in ("given_up", "base_fingerprint", "ingested", "encodings", "requantized"):
         if not content[key]:
             del content[key]
     for window in content["windows"]:

@@ -3,8 +3,8 @@
 Most keep rows: one increment of every tensor for each observed step. A sketch keeps moments of the whole window.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -67,6 +67,7 @@ class Kind:
         add_row: (theta_0, new weights, moments, P_j of the row, change of basis) -> S S^T and |delta|^2, (r^2 + 1,).
         rows: how single rows are kept; None for a sketch, whose state and anchor are theta_0.
         size: r, moments kept (`maths.sketch`); 0 where rows are.
+        own: tensor -> another kind in which it is kept, such as float32 router biases among bfloat16 weights.
     """
 
     name: str
@@ -85,6 +86,32 @@ class Kind:
     add_row: Callable[..., torch.Tensor] | None = None
     rows: RowCodec | None = None
     size: int = 0
+    own: Mapping[str, "Kind"] = field(default_factory=dict, hash=False)
+
+    def of(self, tensor: str) -> "Kind":
+        """The kind in which a tensor is kept."""
+        return self.own.get(tensor, self)
+
+    def beside(self, encodings: Mapping[str, str]) -> "Kind":
+        """The same with some tensors kept in other kinds, tensor -> name of a kind that keeps rows."""
+        return replace(self, own={tensor: KINDS[name] for tensor, name in encodings.items()}) if encodings else self
+
+    @property
+    def encodings(self) -> dict[str, str]:
+        """Tensor -> name of the kind, of those that are kept in another than this one."""
+        return {tensor: kind.name for tensor, kind in self.own.items()}
+
+    @property
+    def ways(self) -> dict[str, type]:
+        """Name of each kind in use -> the type of its parts."""
+        return {kind.name: kind.part for kind in (self, *self.own.values())}
+
+    def coefficients_of(
+        self, names: Sequence[str], weights_LT: torch.Tensor, steps: Sequence[int]
+    ) -> dict[str, list[float]]:
+        """Tensor -> c of each of its parts, for a (L, T); tensors in kinds of their own have their own."""
+        rows = {kind.name: kind.coefficients(weights_LT, steps).tolist() for kind in (self, *self.own.values())}
+        return {name: rows[self.of(name).name][i] for i, name in enumerate(names)}
 
     @property
     def keeps_rows(self) -> bool:

@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
 from relex_verl.trajectory.index import TrajectoryError
+from relex_verl.trajectory.kinds import Kind
 from relex_verl.trajectory.shards import Placement
 
 __all__ = ["Origin"]
@@ -18,17 +19,17 @@ class Origin:
     """A rank's part of theta_0, read from disk tensor by tensor: origin[name] is (n,) in the kind's dtype."""
 
     def __init__(
-        self, base: BaseCheckpoint, placements: Mapping[str, Placement], stored: Path | None, dtype: torch.dtype
+        self, base: BaseCheckpoint, placements: Mapping[str, Placement], stored: Path | None, kind: Kind
     ) -> None:
-        """Args: the base model, what the rank holds, and the file of its own copy where theta_0 is not the base."""
-        self._base, self._placements, self._stored, self._dtype = base, placements, stored, dtype
+        """Args: the base, what the rank holds, the file of its own copy where theta_0 is not the base, and the kind."""
+        self._base, self._placements, self._stored, self._kind = base, placements, stored, kind
         ends = accumulate(placement.numel for placement in placements.values())
         self._end = dict(zip(placements, ends, strict=True))
 
     def __getitem__(self, name: str) -> torch.Tensor:
         placement = self._placements[name]
         if self._stored is None:
-            return self._base.read(name, placement).to(self._dtype)
+            return self._base.read(name, placement).to(self._kind.of(name).dtype)
         with safe_open(self._stored, framework="pt") as handle:
             return handle.get_slice("origin")[self._end[name] - placement.numel : self._end[name]]
 

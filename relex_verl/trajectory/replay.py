@@ -11,7 +11,7 @@ from relex_verl.maths.window import Window
 from relex_verl.trajectory.encodings.fitting import check_fits
 from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
 from relex_verl.trajectory.index import TrajectoryError, step_ranges
-from relex_verl.trajectory.kinds import RowCodec
+from relex_verl.trajectory.kinds import Kind, RowCodec
 from relex_verl.trajectory.shards import Placement, TensorShard
 from relex_verl.trajectory.store import Trajectory
 
@@ -97,10 +97,10 @@ def histories(
     trajectory: Trajectory, cut: int | None = None, ranks: Sequence[int] | None = None
 ) -> Iterator[ShardHistory]:
     """Every shard with what is kept of it up to the cut, one at a time."""
-    codec, base = trajectory.kind.rows, trajectory.base()
+    kind, base = trajectory.kind, trajectory.base()
     for placed, origin, parts in _shards(trajectory, base, cut, ranks):
-        from_last = codec is not None and codec.anchor_is_last
-        anchor = _advanced(trajectory.row_codec(), origin, parts) if from_last else origin
+        codec = kind.of(placed[0]).rows
+        anchor = _advanced(codec, origin, parts) if codec is not None and codec.anchor_is_last else origin
         yield ShardHistory(*placed, anchor, parts, base.dtype(placed[0]))
 
 
@@ -112,9 +112,9 @@ def last_states(
     Raises:
         TrajectoryError: it is a sketch.
     """
-    codec = trajectory.row_codec()
+    trajectory.row_codec()
     for placed, origin, parts in _shards(trajectory, trajectory.base(), cut, ranks):
-        yield TensorShard(*placed, _advanced(codec, origin, parts))
+        yield TensorShard(*placed, _advanced(trajectory.row_codec(placed[0]), origin, parts))
 
 
 def _shards(
@@ -131,14 +131,14 @@ def _shards(
                 parts = [step.increment(i) for step in packed]
             else:
                 parts = [packed[0].increment(kind.size * i + j) for j in range(kind.size)]
-            _check_parts(trajectory, rank, name, parts, placement.numel)
+            _check_parts(trajectory, rank, name, parts, placement.numel, kind.of(name))
             yield (name, tuple(trajectory.index.tensors[name]), placement), origin[name], parts
 
 
-def _check_parts(trajectory: Trajectory, rank: int, name: str, parts: Sequence[Any], numel: int) -> None:
+def _check_parts(trajectory: Trajectory, rank: int, name: str, parts: Sequence[Any], numel: int, kind: Kind) -> None:
     try:
         for part in parts:
-            check_fits(part, numel)
+            check_fits(part, numel, kind.part)
     except ValueError as error:
         raise TrajectoryError(f"{trajectory.rank_folder(rank)} is damaged: {name}: {error}") from error
 
@@ -151,16 +151,18 @@ def _advanced(codec: RowCodec, origin: torch.Tensor, increments: Sequence[Any]) 
 
 
 def error_bound(trajectory: Trajectory, step: int) -> float:
-    """How far a weight of `states(step)` can be from the engine's own: 0 for bf16, a quantum for fp32."""
+    """How far a weight can be from the engine's own: 0 for bf16, else a quantum each time it was quantised."""
     if step == trajectory.record.origin_step:
         return 0.0
     _check_observed(trajectory, step)
-    increments = (
-        trajectory.load(rank, step).increment(i)
-        for rank in range(trajectory.index.world_size)
-        for i in range(len(trajectory.placements(rank)))
-    )
-    return max((trajectory.row_codec().error_bound(increment) for increment in increments), default=0.0)
+    kind, bounds = trajectory.kind, [0.0]
+    for rank in range(trajectory.index.world_size):
+        packed = trajectory.load(rank, step)
+        for i, name in enumerate(trajectory.placements(rank)):
+            codec = kind.of(name).rows
+            assert codec is not None
+            bounds.append(codec.error_bound(packed.increment(i)))
+    return max(bounds) * (1 + trajectory.index.requantized)
 
 
 def states(trajectory: Trajectory, step: int) -> Iterator[TensorShard]:
@@ -185,7 +187,7 @@ def _check_observed(trajectory: Trajectory, step: int) -> None:
 
 
 def origins(trajectory: Trajectory, ranks: Sequence[int] | None = None) -> Iterator[TensorShard]:
-    """theta_0 of every shard, one at a time, in the kind's dtype."""
+    """theta_0 of every shard, one at a time, in their kind's dtype."""
     base = trajectory.base()
     for rank in range(trajectory.index.world_size) if ranks is None else ranks:
         placements = trajectory.placements(rank)

@@ -31,7 +31,7 @@ import torch
 from safetensors import safe_open
 
 from relex_verl.trajectory.base import opened_base
-from relex_verl.trajectory.encodings import PackedStep, StoredStep
+from relex_verl.trajectory.encodings import MixedStep, PackedStep, StoredStep, read_step, stored_step
 from relex_verl.trajectory.files import save_tensors, write_json
 from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
 from relex_verl.trajectory.index import (
@@ -45,7 +45,7 @@ from relex_verl.trajectory.index import (
 from relex_verl.trajectory.kinds import KINDS, Kind, RowCodec
 from relex_verl.trajectory.origin import Origin
 from relex_verl.trajectory.shards import Placement
-from relex_verl.trajectory.windows import check_windows
+from relex_verl.trajectory.windows import check_windows, next_folder
 
 __all__ = ["ADAPTER_FOLDER", "FILES_FOLDER", "Trajectory", "TrajectoryError"]
 
@@ -103,10 +103,10 @@ class Trajectory:
         Raises:
             TrajectoryError: an earlier step; a jump that says something else than it has to.
         """
-        other, number = copy(self), len(self.index.windows)
-        other.index, other.number = deepcopy(self.index), number
-        begun_by = None if jump is None else dict(jump)
-        record = WindowRecord(origin_step, "stored", folder=f"window_{number:03d}", jump=begun_by, undone=undone)
+        other = copy(self)
+        other.index, other.number = deepcopy(self.index), len(self.index.windows)
+        begun_by, folder = None if jump is None else dict(jump), next_folder([one.folder for one in self.windows])
+        record = WindowRecord(origin_step, "stored", folder=folder, jump=begun_by, undone=undone)
         other.index.windows.append(record)
         other.index.schema_version = max(2, self.index.schema_version)
         try:
@@ -138,7 +138,7 @@ class Trajectory:
         }
         write_json(folder / "placements.json", runs)
 
-    def append(self, rank: int, step: int, packed: PackedStep[Any]) -> None:
+    def append(self, rank: int, step: int, packed: PackedStep[Any] | MixedStep) -> None:
         """Write a rank's file of a step. It counts from `commit` on."""
         save_tensors(self.step_file(rank, step), packed.arrays)
 
@@ -201,20 +201,20 @@ class Trajectory:
     @property
     def kind(self) -> Kind:
         """What is kept, and how."""
-        return KINDS[self.index.encoding]
+        return KINDS[self.index.encoding].beside(self.index.encodings)
 
-    def row_codec(self) -> RowCodec:
-        """How its increments are kept.
+    def row_codec(self, tensor: str = "") -> RowCodec:
+        """How its increments are kept, of a tensor that has a kind of its own those.
 
         Raises:
             TrajectoryError: it is a sketch, and has none.
         """
-        if self.kind.rows is None:
+        if (rows := self.kind.of(tensor).rows) is None:
             raise TrajectoryError(
                 f"{self.folder} is a sketch: it keeps polynomials over the steps, not the observed steps themselves. "
                 "For this, observe with relex.trajectory=fp32 or bf16"
             )
-        return self.kind.rows
+        return rows
 
     def placements(self, rank: int) -> dict[str, Placement]:
         """Which elements of which tensors a rank holds.
@@ -231,7 +231,7 @@ class Trajectory:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise TrajectoryError(f"{path} is damaged: {error}") from error
 
-    def load(self, rank: int, step: int) -> PackedStep[Any]:
+    def load(self, rank: int, step: int) -> PackedStep[Any] | MixedStep:
         """A rank's file of a step, memory-mapped.
 
         Raises:
@@ -241,11 +241,11 @@ class Trajectory:
         try:
             with safe_open(path, framework="pt") as handle:
                 arrays = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-                return PackedStep(self.kind.part, arrays)
+                return read_step(self.kind.ways, arrays)
         except Exception as error:
             raise TrajectoryError(f"{path} cannot be read: {error}") from error
 
-    def stored(self, rank: int, step: int) -> StoredStep[Any]:
+    def stored(self, rank: int, step: int) -> StoredStep[Any] | MixedStep:
         """A rank's file of a step, of which only the increments in use are in memory.
 
         Raises:
@@ -253,7 +253,7 @@ class Trajectory:
         """
         path = self.step_file(rank, step)
         try:
-            return StoredStep(self.kind.part, path)
+            return stored_step(self.kind.ways, path)
         except Exception as error:
             raise TrajectoryError(f"{path} cannot be read: {error}") from error
 
@@ -278,7 +278,7 @@ class Trajectory:
     def origin(self, rank: int, base: BaseCheckpoint, placements: Mapping[str, Placement]) -> Origin:
         """A rank's part of theta_0."""
         stored = None if self.record.origin == "base" else self.rank_folder(rank) / "origin.safetensors"
-        return Origin(base, placements, stored, self.kind.dtype)
+        return Origin(base, placements, stored, self.kind)
 
     @property
     def elements(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from relex_verl.maths.extrapolators import METHODS
 
-__all__ = ["WindowRecord", "check_windows"]
+__all__ = ["WindowRecord", "check_windows", "next_folder"]
 
 FOLDER = re.compile(r"\.|window_\d{3,}")
 JUMP = ("method", "target", "rank", "fit_from", "optimizer")
@@ -42,6 +42,12 @@ class WindowRecord:
     def last(self) -> int:
         """The last step whose weights it knows."""
         return self.steps[-1] if self.steps else self.origin_step
+
+
+def next_folder(taken: Sequence[str]) -> str:
+    """A window's folder beyond those that are taken."""
+    numbers = [int(folder.removeprefix("window_")) for folder in taken if folder != "."]
+    return f"window_{max(numbers, default=len(taken) - 1) + 1:03d}"
 
 
 def check_windows(windows: Sequence[WindowRecord], given_up: Sequence[int] = ()) -> None:

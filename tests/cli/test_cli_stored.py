@@ -120,3 +120,9 @@ def test_what_a_sketch_cannot_give_is_said_in_one_line(finished, sketch, tmp_pat
     places = {"SKETCH": sketch, "RUN": finished / "run", "OUT": tmp_path / "out"}
     assert says in refused(*(places.get(one, one) for one in arguments.split()))
     assert not re.findall("step_9", " ".join(map(str, (tmp_path / "out").rglob("*anchored*"))))
+
+
+def test_a_prediction_that_is_no_number_is_refused(finished, tmp_path):
+    arguments = ("extrapolate", finished / "trajectory", "--t-cut", 6, "--method", "poly", "--out", tmp_path / "out")
+    assert "lm_head.weight: the prediction is not finite in bfloat16" in refused(*arguments, "--target", 2**60)
+    assert not list((tmp_path / "out").iterdir())

@@ -3,13 +3,16 @@
 import json
 import shutil
 
+import oracle
 import pytest
 import torch
-from finished import NORM, change, read, run, write_run
+from finished import NORM, STEPS, change, predicted, read, run, write_run
 from safetensors.torch import load_file, save_file
 
 from relex_verl.offline.ingest import IngestError, Options, find_checkpoints, ingest
+from relex_verl.offline.verify import verify
 from relex_verl.pipeline.prediction import write_checkpoint
+from relex_verl.reporting.provenance import Checkout
 from relex_verl.trajectory import replay
 from relex_verl.trajectory.index import TrajectoryError
 from relex_verl.trajectory.store import Trajectory
@@ -204,21 +207,84 @@ BIAS = "model.layers.0.mlp.gate.e_score_correction_bias"
 
 
 @pytest.mark.parametrize("moves", [None, 5])
-def test_a_float32_tensor_among_bfloat16_ones(finished, moves):
-    """Where it never moves it is the base's, and the others are followed bit for bit; else all keep float32's digits."""
+@pytest.mark.parametrize("quantization", ["auto", "int8"])
+def test_a_float32_tensor_among_bfloat16_ones(finished, moves, quantization):
+    """The others are followed bit for bit; it is the base's where it never moves, else it is followed in float32."""
     bias = 6.817 + 0.246 * torch.rand(256)
     in_base(finished, {BIAS: bias})
-    if moves:
-        change(finished, moves, lambda t: t.update({BIAS: bias + 1e-3}))
-    trajectory = run(finished)
-    assert trajectory.index.encoding == ("fp32-int8" if moves else "bf16")
+    for step, size in ((moves, 1e-3), (9, 4e-3)) if moves else ():
+        change(finished, step, lambda t, size=size: t.update({BIAS: bias + size * torch.linspace(-1, 1, 256)}))
+    options = Options(quantization=quantization)
+    trajectory = run(finished, options=options, steps="1-5")
+    assert trajectory.index.encoding == "bf16"
+    own = {BIAS: "fp32-none" if quantization == "auto" else "fp32-int8"} if moves else {}
+    said = json.loads((trajectory.folder / "index.json").read_text())
+    assert (said.get("encodings", {}), said["schema_version"]) == (own, 4 if moves else 2)
+    trajectory = run(finished, options=options)  # goes on with what it began
+    assert verify(trajectory.folder).damaged == {}
     for step in (2, 9):
-        folder = write_checkpoint(trajectory, replay.states(trajectory, step), finished / f"checkout_{step}")
+        folder, bound = finished / f"checkout_{step}", replay.error_bound(trajectory, step)
+        write_checkpoint(trajectory, replay.states(trajectory, step), folder)
         true, there = read(finished / f"run/global_step_{step}"), read(folder)
         assert {name: one.dtype for name, one in there.items()} == {name: one.dtype for name, one in true.items()}
-        assert torch.allclose(there[BIAS], true[BIAS], atol=1e-5) if moves else torch.equal(there[BIAS], true[BIAS])
-        if not moves:
-            assert all(torch.equal(one, true[name]) for name, one in there.items())
+        assert (
+            float((there.pop(BIAS) - true.pop(BIAS)).abs().max()) <= bound < (1e-8 if quantization == "auto" else 1e-4)
+        )
+        assert all(torch.equal(one, true[name]) for name, one in there.items())
+        assert (bound > 0) == (bool(moves) and step == 9)
+    deltas = torch.stack([read(finished / f"run/global_step_{step}")[BIAS].double() - bias.double() for step in STEPS])
+    hat = predicted(trajectory).get(BIAS)
+    if moves:
+        dense = bias.double() + torch.from_numpy(oracle.relex(deltas.numpy(), list(STEPS), 40, 1))
+        assert hat.dtype == torch.float32
+        assert float((hat - dense).abs().max()) < (1e-6 if quantization == "auto" else 1e-3)
+    else:
+        assert hat is None
+
+
+def test_checkouts_of_a_mixed_run_give_the_same_trajectory(finished):
+    """The first of them says that it is exact: that tensor had not moved yet."""
+    bias = torch.rand(64)
+    in_base(finished, {BIAS: bias})
+    change(finished, 9, lambda t: t.update({BIAS: bias + 1e-3 * torch.rand(64)}))
+    one = run(finished, "one")
+    for step in STEPS:
+        facts = Checkout.of(step, replay.error_bound(one, step), "base", one.folder, encodings=one.index.encodings)
+        shutil.rmtree(finished / f"run/global_step_{step}")
+        write_checkpoint(one, replay.states(one, step), finished / f"run/global_step_{step}", facts.to_json())
+    other = run(finished, "other")
+    assert other.index.encodings == one.index.encodings
+    assert torch.equal(replay.increment_gram(one), replay.increment_gram(other))
+    assert torch.equal(predicted(one)[BIAS], predicted(other)[BIAS])
+
+
+def test_tensors_in_kinds_that_no_run_writes(finished):
+    """Files that somebody else made: nothing is read as what it is not."""
+    bias = torch.rand(70_000)
+    in_base(finished, {BIAS: bias})
+    change(finished, 9, lambda t: t.update({BIAS: bias + 1e-3}))
+    folder = run(finished).folder
+    said = json.loads((folder / "index.json").read_text())
+    for spoilt in ({BIAS: "sketch-2"}, {BIAS: 3}, {"another": "bf16"}, [BIAS]):
+        (folder / "index.json").write_text(json.dumps({**said, "encodings": spoilt}))
+        with pytest.raises(TrajectoryError, match=r"index\.json is damaged"):
+            Trajectory(folder)
+    (folder / "index.json").write_text(json.dumps(said))
+    path = Trajectory(folder).step_file(0, 9)
+    arrays = load_file(path)
+    for name, spoilt in {
+        "fp32-none/tensors": torch.tensor([0]),
+        "bf16/tensors": arrays["bf16/tensors"][1:],
+        "fp32-none/sizes": arrays["fp32-none/sizes"] - 1,
+        "bf16/index": arrays["bf16/index"][1:],
+    }.items():
+        save_file({**arrays, name: spoilt.clone()}, path)
+        with pytest.raises(TrajectoryError, match=r"step_000009\.safetensors cannot be read"):
+            predicted(Trajectory(folder))
+    there = {"bf16/tensors": arrays["fp32-none/tensors"], "fp32-none/tensors": arrays["bf16/tensors"]}
+    save_file({**arrays, **{name: one.clone() for name, one in there.items()}}, path)
+    with pytest.raises(TrajectoryError):
+        predicted(Trajectory(folder))
 
 
 def test_one_that_moves_only_after_the_run_was_begun(finished):
@@ -228,6 +294,6 @@ def test_one_that_moves_only_after_the_run_was_begun(finished):
     shutil.move(finished / "run/global_step_9", finished / "later_9")
     assert run(finished).index.encoding == "bf16"
     shutil.move(finished / "later_9", finished / "run/global_step_9")
-    with pytest.raises(IngestError, match=rf"step 9 .*{BIAS} is F32.*--trajectory fp32"):
+    with pytest.raises(IngestError, match=rf"step 9 .*{BIAS} is F32.*a new --out"):
         run(finished)
-    assert run(finished, "again", options=Options(trajectory="fp32")).steps == [1, 2, 5, 9]
+    assert run(finished, "again").index.encodings == {BIAS: "fp32-none"}

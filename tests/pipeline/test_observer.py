@@ -11,9 +11,11 @@ from recorded import random_weights, write_base
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from relex_verl.maths.diagnostics import describe
+from relex_verl.maths.extrapolators import METHODS, Prediction
 from relex_verl.pipeline.collectives import PeerError
 from relex_verl.pipeline.observer import Observer
-from relex_verl.pipeline.prediction import extrapolate, write_checkpoint
+from relex_verl.pipeline.prediction import extrapolate, predicted_tensors, write_checkpoint
 from relex_verl.trajectory import replay
 from relex_verl.trajectory.kinds import KINDS
 from relex_verl.trajectory.shards import TensorShard, whole
@@ -173,6 +175,56 @@ def test_a_gap_between_the_shards_is_refused(base: Path, tmp_path: Path) -> None
     on_two_ranks(leave_a_gap, base, tmp_path)
 
 
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["bf16", "fp32-int8", "fp32-none", "sketch-2"])
+def test_numbers_that_are_none_and_steps_that_do_not_ascend(
+    base: Path, tmp_path: Path, kind: str, poison: float
+) -> None:
+    """The error names the tensor, of rows nothing is kept, and steps that the run skips are no matter."""
+    model, observer = DriftingModel(weights_of(base)), Observer(tmp_path, str(base), {}, RUN, KINDS[kind])
+    observer.start(RankSource(model.at(0)))
+    observer.open(0)
+    observer.observe(2, RankSource(model.at(2)))
+    observer.observe(7, RankSource(model.at(7)))
+    for step in (7, 3):
+        with pytest.raises(ValueError, match=f"step {step} comes after step 7 was observed"):
+            observer.observe(step, RankSource(model.at(8)))
+    bad = model.at(8)
+    name = list(bad)[3]
+    bad[name].view(-1)[5] = poison
+    with pytest.raises(ValueError, match=f"{name}: weights are not finite"):
+        observer.observe(8, RankSource(bad))
+    if observer.kind.keeps_rows:
+        observer.observe(9, RankSource(model.at(9)))
+        assert Trajectory(tmp_path).steps == [2, 7, 9]
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp32-int8", "sketch-4"])
+def test_a_run_that_never_moves_and_one_of_few_rows(base: Path, tmp_path: Path, kind: str) -> None:
+    """No movement predicts the base, bit for bit; too few rows are refused with their number; no figure is made up."""
+    model = DriftingModel(weights_of(base))
+    for name, rate in (("still", 0.0), ("moves", 1e-3)):
+        model.rate, observer = rate, Observer(tmp_path / name, str(base), {}, RUN, KINDS[kind])
+        observer.start(RankSource(model.at(0)))
+        observer.open(0)
+        for rows, step in enumerate((1, 4), 1):
+            observer.observe(step, RankSource(model.at(step)))
+            window = observer.window()
+            figures = describe(window)
+            for method in observer.kind.methods:
+                shards = predicted_tensors(observer.histories(), observer.kind, window, Prediction(method, 40))
+                if rows < METHODS[method].min_rows:
+                    with pytest.raises(ValueError, match=str(METHODS[method].min_rows)):
+                        next(shards)
+                    continue
+                for shard in shards:
+                    assert shard.data.isfinite().all()
+                    if not rate:
+                        assert torch.equal(shard.data, weights_of(base)[shard.name].flatten()), (method, shard.name)
+            if not rate:
+                assert all(values.isnan().all() for values in figures.values()), figures
+
+
 class Fickle:
     """An engine that hands out its weights in another way from some pass on: to name them, to copy them, then each step."""
 
@@ -183,7 +235,11 @@ class Fickle:
         self.left -= 1
         names = list(self.weights)
         if self.left < 0:
-            names = {"lost": names[:-1], "order": names[::-1], "twice": [*names, names[0]]}[self.change]
+            names = {"lost": names[:-1], "order": names[::-1], "twice": [*names, names[0]]}.get(self.change, names)
+        if self.left < 0 and self.change == "new":
+            yield TensorShard("another.weight", (2,), whole((2,)), torch.zeros(2))
+        if self.left < 0 and self.change == "shape":
+            self.weights = {**self.weights, names[0]: self.weights[names[0]][:1]}
         for name in names:
             yield TensorShard(
                 name, tuple(self.weights[name].shape), whole(self.weights[name].shape), self.weights[name].flatten()
@@ -192,7 +248,14 @@ class Fickle:
 
 @pytest.mark.parametrize("at", [1, 2])
 @pytest.mark.parametrize(
-    ("change", "says"), [("lost", "handed out 5 of the 6"), ("order", "orders its"), ("twice", "orders its")]
+    ("change", "says"),
+    [
+        ("lost", f"{list(random_weights())[-1]} is gone: .*handed out 5 of the 6"),
+        ("order", "orders its"),
+        ("twice", "orders its"),
+        ("new", r"another\.weight: .*did not have before"),
+        ("shape", f"{next(iter(random_weights()))}: .*cuts or orders its"),
+    ],
 )
 def test_weights_that_come_in_another_way_are_refused(tmp_path: Path, change: str, says: str, at: int) -> None:
     weights = random_weights()

@@ -44,6 +44,15 @@ def test_a_winner_is_recommended_and_stops_the_run(tmp_path: Path) -> None:
     assert workers.calls[-1] == "relex_stop"
 
 
+def test_a_run_that_skips_the_step_of_its_cut_is_cut_at_the_next(tmp_path: Path) -> None:
+    callback, _ = started(tmp_path)
+    train(callback, 1, CUT - 1)
+    train(callback, CUT + 2, CUT + 2)
+    assert callback.wants_scores
+    callback.on_rollout_ready(CUT + 2, Host(WINS))
+    assert report(tmp_path)["t_cut"] == CUT + 2
+
+
 def test_advise_does_not_stop_the_run(tmp_path: Path) -> None:
     callback, _ = started(tmp_path)
     train(callback, 1, CUT)

@@ -93,6 +93,14 @@ def test_results_without_a_trajectory_are_set_aside(tmp_path: Path) -> None:
     assert output.index.exists()  # with no step in it: there is nothing to keep
 
 
+def test_attempts_of_one_second_are_set_aside_beside_each_other(tmp_path: Path) -> None:
+    for _ in range(3):  # a clock can be set back, too
+        left_by(tmp_path, [1]).claim(RUN, "auto")
+    aside = list(tmp_path.glob("superseded-*"))
+    assert len(aside) == 3
+    assert all((one / "trajectory/index.json").exists() for one in aside)
+
+
 def test_an_index_that_cannot_be_read_is_not_overwritten(tmp_path: Path) -> None:
     output = left_by(tmp_path, [1])
     output.index.write_text("{")

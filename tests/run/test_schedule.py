@@ -45,6 +45,19 @@ def test_each_kind_has_its_own_rows() -> None:
         schedule(100, t_cut=32, targets=[60], rank=20)
 
 
+def test_a_cut_whose_step_the_run_skips_is_at_the_next(caplog: pytest.LogCaptureFixture) -> None:
+    of = schedule(targets=[5, 20])
+    assert of.reach(3).t_cut == of.reach(4).t_cut == 4
+    assert caplog.text == ""
+    late = of.reach(6)
+    assert late.observes(6)
+    assert (late.t_cut, late.targets, of.saved) == (6, [20], 14)
+    assert "has skipped step 4" in caplog.text
+    assert of.following().t_cut > 6
+    last = schedule(t_cut=19)
+    assert last.reach(20).t_cut == 19  # nothing is left to be saved
+
+
 def test_predictions_of_the_coming_cut() -> None:
     of = schedule(methods=["relex", "anchored"], targets=[6, 20], fit_from=2)
     assert of.predictions == [Prediction(m, t, 1, 2) for m in ("relex", "anchored") for t in (6, 20)]

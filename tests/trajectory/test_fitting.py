@@ -97,7 +97,7 @@ def test_the_step_of_another_shard_is_refused_by_its_tensor(recordings: dict[str
 
 
 def test_moments_of_another_shard_are_refused() -> None:
-    check_fits(Moment(torch.zeros(5)), 5)
+    check_fits(Moment(torch.zeros(5)), 5, Moment)
     for value in (torch.zeros(4), torch.zeros(5, dtype=torch.float64)):
         with pytest.raises(ValueError, match="is not of 5 elements"):
-            check_fits(Moment(value), 5)
+            check_fits(Moment(value), 5, Moment)

@@ -132,7 +132,7 @@ def test_windows_have_files_and_an_origin_of_their_own(tmp_path: Path, kind: str
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"schema_version": 4}, "schema version 4, this relex-verl reads 1 to 3"),
+        ({"schema_version": 5}, "schema version 5, this relex-verl reads 1 to 4"),
         ({"schema_version": None}, "schema version None"),
         ({"encoding": "fp64"}, "encoding 'fp64'"),
         ({"windows": []}, "0 windows"),

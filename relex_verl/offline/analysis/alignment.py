@@ -115,7 +115,8 @@ def align_checkpoints(
         for method in methods:
             prediction = Prediction(method, checkpoint.step, rank, fit_from)
             trajectory.kind.check(prediction, window.steps)
-            fits[method] = trajectory.kind.coefficients(fit_weights(window, prediction), window.steps).tolist()
+            weights_LT = fit_weights(window, prediction)
+            fits[method] = trajectory.kind.coefficients_of(window.names, weights_LT, window.steps)
         with checkpoint.opened(allow_pickle, base=None if trajectory.index.adapters else base) as folder:
             truth = Checkpoint(folder, checkpoint.called)
             truth.named(names_in(base, set(trajectory.names), truth).sources)
@@ -130,7 +131,7 @@ def align_checkpoints(
 def _inner_products(
     trajectory: Trajectory,
     cut: int,
-    fits: Mapping[str, list[list[float]]],
+    fits: Mapping[str, Mapping[str, list[float]]],
     truth: Checkpoint,
     progress: Callable[[int], None],
 ) -> dict[str, list[list[float]]]:
@@ -144,9 +145,9 @@ def _inner_products(
     for history, origin in zip(replay.histories(trajectory, cut), origins, strict=True):
         start, i = origin.data.double(), position[history.name]
         true_delta = truth.read(history.name, history.placement).double() - start
-        for method, coefficients_LK in fits.items():
-            fit = (history.anchor, history.parts, coefficients_LK[i])
-            delta = trajectory.kind.accumulate(*fit, torch.float64) - start
+        for method, coefficients in fits.items():
+            fit = (history.anchor, history.parts, coefficients[history.name])
+            delta = trajectory.kind.of(history.name).accumulate(*fit, torch.float64) - start
             products = (delta @ true_delta, delta @ delta, true_delta @ true_delta)
             sums[method][i] = [old + float(new) for old, new in zip(sums[method][i], products, strict=True)]
         progress(history.placement.numel)

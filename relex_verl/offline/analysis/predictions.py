@@ -1,6 +1,6 @@
 """Predicted checkpoints on disk: one, or a grid with a manifest. No folder is filled with another prediction than it had."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice, product
 from pathlib import Path
@@ -40,7 +40,7 @@ def write_prediction(
         merge: of LoRA: full weights instead of the adapters.
 
     Raises:
-        ValueError: another prediction is there.
+        ValueError: another prediction is there; a weight beyond the range of its type.
     """
     cure = "give another --out, or remove it"
     try:
@@ -57,7 +57,18 @@ def write_prediction(
     first = list(islice(shards, 1))  # what cannot be fitted says so here, before a folder is made for it
     folder.parent.mkdir(parents=True, exist_ok=True)
     write = write_merged if merge else write_checkpoint
-    return write(trajectory, chain(first, shards), folder, provenance.to_json(), progress=progress)
+    return write(trajectory, _finite(chain(first, shards)), folder, provenance.to_json(), progress=progress)
+
+
+def _finite(shards: Iterable[TensorShard]) -> Iterator[TensorShard]:
+    """The same; an error where a far target leads a weight beyond the range of its type."""
+    for shard in shards:
+        if not shard.data.isfinite().all():
+            raise ValueError(
+                f"{shard.name}: the prediction is not finite in {str(shard.data.dtype).removeprefix('torch.')}: the run has "
+                "diverged, or the target is too far. Give a nearer one, or an earlier cut"
+            )
+        yield shard
 
 
 def sweep(

@@ -78,7 +78,7 @@ class WholeTensors:
         yield self.origin_step, self._joined(name, holders, pieces)
         for t, step in enumerate(self.steps):
             for rank, piece in zip(holders, pieces, strict=True):
-                self.trajectory.row_codec().advance(piece, rank.packed[t].increment(rank.position[name]))
+                self.trajectory.row_codec(name).advance(piece, rank.packed[t].increment(rank.position[name]))
             yield step, self._joined(name, holders, pieces)
 
     def state(self, name: str, step: int) -> torch.Tensor:
@@ -97,7 +97,7 @@ class WholeTensors:
         return TensorShard(name, self.shapes[name], whole(self.shapes[name]), tensor.flatten())
 
     def _joined(self, name: str, holders: list[_Rank], pieces: list[torch.Tensor]) -> torch.Tensor:
-        full = torch.empty(prod(self.shapes[name]), dtype=self.trajectory.kind.dtype)
+        full = torch.empty(prod(self.shapes[name]), dtype=self.trajectory.kind.of(name).dtype)
         for rank, piece in zip(holders, pieces, strict=True):
             for local, start, length in rank.placements[name].runs():
                 full[start : start + length] = piece[local : local + length]

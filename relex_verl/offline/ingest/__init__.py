@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from relex_verl.offline.ingest.checkpoints import Found
-from relex_verl.offline.ingest.errors import IngestError, is_full
+from relex_verl.offline.ingest.errors import IngestError
 from relex_verl.offline.ingest.finding import checkpoints_in, find_checkpoints, find_revisions, select_steps, within
 from relex_verl.offline.ingest.going_on import begun_in, check_unchanged, still_to_do
 from relex_verl.offline.ingest.layout import Checkpoint, Layout, check_same_origin, check_tied
@@ -25,6 +25,7 @@ from relex_verl.offline.ingest.source import CheckpointSource
 from relex_verl.offline.ingest.temporary import alone_in
 from relex_verl.pipeline.observer import Observation, Observer
 from relex_verl.trajectory.collectors import RowCollector
+from relex_verl.trajectory.files import is_full
 from relex_verl.trajectory.hf_checkpoint import resolve_model
 from relex_verl.trajectory.index import step_ranges
 from relex_verl.trajectory.parallel import all_processors
@@ -119,11 +120,14 @@ def _ingest(
                     opened.close()  # of the step before
                     folder = opened.enter_context(entry.opened(options.allow_pickle, workspace, base))
                 checkpoint = first if entry is todo[0] else layout.find_in(Checkpoint(folder, entry.called))
+                if (
+                    entry is todo[-1]
+                ):  # before the step counts: where they cannot be kept, the same command goes on with it
+                    for place in (Path(entry.place), Path(entry.place) / "huggingface", folder):
+                        keep_differing(base.folder, place, observer.trajectory.files)
                 seen = _observe(observer, entry, checkpoint, layout, None if options.accept_jump else norm_L)
                 progress(seen)
             check_moved(observer.steps, _rows(observer).squares_LT)
-            for place in (Path(todo[-1].place), Path(todo[-1].place) / "huggingface", folder):
-                keep_differing(base.folder, place, observer.trajectory.files)
     return observer.trajectory
 
 
@@ -192,8 +196,8 @@ def _common_layout(
 ) -> Layout:
     """Check all that headers tell before anything is written; what must be merged or downloaded is checked in its turn.
 
-    A few tensors of another type that never move (float32 router biases among bfloat16 weights) are not followed, so that
-    they do not decide how the others are: they are the base's.
+    A few tensors of another type that never move (float32 router biases among bfloat16 weights) are not followed: they are
+    the base's. Where not all checkpoints can be looked into before, that is not known, and they are.
 
     Args:
         base: the base model.
@@ -206,7 +210,7 @@ def _common_layout(
     layout = Layout.of(base, first)
     layout.check(first)
     check_tied(base, layout.aliases)
-    follows_all = options.trajectory == "fp32" or opened.kind in ("adapter", "verl")
+    follows_all = options.trajectory == "fp32" or any(entry.kind != "safetensors" for entry in found)
     unmoved = set() if follows_all else layout.unmoved(layout.wide, first)
     for entry in found:
         entry.check_allowed(options.allow_pickle)
@@ -215,8 +219,7 @@ def _common_layout(
             unmoved = layout.unmoved(unmoved, there)
     if begun is not None:  # as it was decided then
         return layout.without([name for name in layout.shapes if name not in begun.index.tensors])
-    rest = layout.without(sorted(unmoved))
-    return rest if unmoved and rest.exact_in_bf16 else layout
+    return layout.without(sorted(unmoved)) if layout.exact_in_bf16(layout.wide) else layout
 
 
 def _in_words(error: BaseException, steps: Sequence[int], out: Path) -> BaseException:

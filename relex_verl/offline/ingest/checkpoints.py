@@ -19,9 +19,10 @@ import torch
 from safetensors.torch import save_file
 
 from relex_verl.offline.ingest.adapters import AdapterError, merge_adapter
-from relex_verl.offline.ingest.errors import IngestError, first_line, is_full
+from relex_verl.offline.ingest.errors import IngestError, first_line
 from relex_verl.offline.ingest.layouts import SHARD_FILE
 from relex_verl.offline.ingest.temporary import temporary_folder
+from relex_verl.trajectory.files import is_full
 from relex_verl.trajectory.fingerprint import of_files
 from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
 from relex_verl.trajectory.unreadable import why_unreadable

@@ -144,10 +144,9 @@ class Layout:
         self.check(checkpoint)
         return checkpoint
 
-    @property
-    def exact_in_bf16(self) -> bool:
-        """Whether every weight of the checkpoints is a bfloat16 value."""
-        return set(self.dtypes.values()) <= {"BF16"}
+    def exact_in_bf16(self, beside: Collection[str] = ()) -> bool:
+        """Whether every weight of the checkpoints, beside those of some tensors, is a bfloat16 value."""
+        return {dtype for name, dtype in self.dtypes.items() if name not in beside} <= {"BF16"}
 
     @property
     def elements(self) -> int:
@@ -196,8 +195,8 @@ class Layout:
                 kind = self.base.entries[name].dtype
                 if kind in FLOATS:
                     raise IngestError(
-                        f"{checkpoint.called}: {name} is {kind}, and moves for the first time, in a run that is recorded "
-                        "as bfloat16: record it with --trajectory fp32, into a new --out"
+                        f"{checkpoint.called}: {name} is {kind}, and moves for the first time: it was not followed up to "
+                        "here. Record the run again, into a new --out"
                     )
                 raise IngestError(
                     f"{checkpoint.called}: {name} differs from the base's, and is {kind}: only floating-point weights of 16 "

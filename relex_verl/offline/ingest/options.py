@@ -19,9 +19,10 @@ class Options:
     """How to ingest.
 
     Attributes:
-        trajectory: "bf16", "fp32", or "auto": bf16 where all checkpoints are bfloat16, else fp32, so that nothing is lost.
+        trajectory: "bf16", "fp32", or "auto": bf16 where all checkpoints are bfloat16, else fp32, so that nothing is lost. A
+            few tensors of another type among bfloat16 ones are followed in float32 of their own.
         quantization: of fp32: "int8", "int4", "none", or "auto": none for what `relex-verl checkout` wrote (it has been
-            quantised once), else int8.
+            quantised once) and for a few tensors among bfloat16 ones, else int8.
         allow_pickle: use checkpoints that need unpickling.
         any_base: do not compare the weights of the first checkpoint with those of the base.
         accept_jump: do not compare how far each checkpoint lies from the one before.
@@ -50,22 +51,26 @@ class Options:
         Raises:
             IngestError: they would be rounded because those before them were bfloat16.
         """
-        trajectory, quantization = self.trajectory, self.quantization
-        if begun is not None and begun.trajectory == "bf16" and trajectory == "auto" and not layout.exact_in_bf16:
+        checkout = _checkout(checkpoint)
+        # The only exact checkouts are those of bf16 alone; what they hold beyond it is the base's.
+        exact = layout.exact_in_bf16() or (checkout is not None and checkout.max_error == 0 and not checkout.encodings)
+        if begun is not None and begun.trajectory == "bf16" and self.trajectory == "auto":
+            if exact or layout.exact_in_bf16(begun.own):
+                return begun
             raise IngestError(
                 "the steps recorded before are bfloat16, these checkpoints are not: checkpoints of one run must have one "
                 "type; convert them, leave some out with --steps, or round them with --trajectory bf16"
             )
         if begun is not None:
             return begun
-        checkout = _checkout(checkpoint)
+        few = not exact and self.trajectory != "fp32" and layout.exact_in_bf16(layout.wide)
+        trajectory, quantization = self.trajectory, self.quantization
         if trajectory == "auto":
-            # The only exact checkouts are those of bf16; what they hold beyond it is the base's.
-            exact = layout.exact_in_bf16 or (checkout is not None and checkout.max_error == 0)
-            trajectory = "bf16" if exact else "fp32"
+            trajectory = "bf16" if exact or few else "fp32"
         if quantization == "auto":
-            quantization = "none" if checkout is not None else "int8"
-        return kind_of(trajectory, quantization)
+            quantization = "none" if few or checkout is not None else "int8"
+        own = layout.wide if few else []
+        return kind_of(trajectory, quantization).beside(dict.fromkeys(own, kind_of("fp32", quantization).name))
 
     def allow(self, kind: Kind) -> bool:
         """Whether a trajectory that was begun as this kind may be gone on with."""

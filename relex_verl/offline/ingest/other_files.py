@@ -4,11 +4,10 @@ Training may add a token, or use another chat template. How weights are stored a
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
-from relex_verl.trajectory.files import write_json
+from relex_verl.trajectory.files import copy_whole, write_json
 
 __all__ = ["keep_differing"]
 
@@ -40,7 +39,7 @@ def keep_differing(base: Path, checkpoint: Path, out: Path) -> list[str]:
             continue
         if ours.suffix != ".json":
             out.mkdir(exist_ok=True)
-            shutil.copyfile(theirs, out / ours.name)
+            copy_whole(theirs, out / ours.name)
         else:
             content = _differing(_json(ours), _json(theirs))
             if content is None:

@@ -1,17 +1,18 @@
 """The interface of collectors, and what goes in and out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from relex_verl.maths.window import Window
-from relex_verl.trajectory.encodings import PackedStep
+from relex_verl.trajectory.encodings import MixedStep, PackedStep
 from relex_verl.trajectory.shards import Placement
 from relex_verl.trajectory.store import Trajectory
 
-__all__ = ["Collector", "Held", "Taken"]
+__all__ = ["Collector", "Held", "Taken", "check_later", "naming"]
 
 
 @dataclass
@@ -21,7 +22,7 @@ class Held:
     Attributes:
         shape: of the whole tensor.
         placement: which of its elements these are.
-        state: (n,) on the host, in the kind's dtype: the weights at the last row; theta_0 for a sketch.
+        state: (n,) on the host, in its kind's dtype: the weights at the last row; theta_0 for a sketch.
     """
 
     shape: tuple[int, ...]
@@ -40,7 +41,26 @@ class Taken(NamedTuple):
 
     figures_lk: torch.Tensor
     changed_l: torch.Tensor
-    file: PackedStep[Any] | None
+    file: PackedStep[Any] | MixedStep | None
+
+
+@contextmanager
+def naming(held: Mapping[str, Held], position: int) -> Iterator[None]:
+    """An error about a shard's weights says which tensor it is."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{list(held)[position]}: {error}") from error
+
+
+def check_later(step: int, steps: Sequence[int]) -> None:
+    """Rows ascend: nothing can be predicted from, or read again, where a step comes twice or a counter jumps back.
+
+    Raises:
+        ValueError: it is not after the steps before.
+    """
+    if steps and step <= steps[-1]:
+        raise ValueError(f"step {step} comes after step {steps[-1]} was observed: the run's steps do not ascend")
 
 
 class Collector(Protocol):

@@ -8,11 +8,11 @@ import torch
 from relex_verl.maths.gram import delta_gram, increment_gram
 from relex_verl.maths.window import Window
 from relex_verl.trajectory import replay
-from relex_verl.trajectory.collectors.collector import Held, Taken
-from relex_verl.trajectory.encodings import PackedStep, Packing, Row, StoredStep
+from relex_verl.trajectory.collectors.collector import Held, Taken, check_later, naming
+from relex_verl.trajectory.encodings import MixedStep, PackedStep, Packing, Row, StoredStep
 from relex_verl.trajectory.encodings.fitting import check_fits
 from relex_verl.trajectory.kernels import warm_up
-from relex_verl.trajectory.kinds import Kind
+from relex_verl.trajectory.kinds import Kind, RowCodec
 from relex_verl.trajectory.parallel import in_order
 from relex_verl.trajectory.store import Trajectory
 
@@ -28,30 +28,30 @@ class RowCollector:
     """
 
     def __init__(self, kind: Kind) -> None:
-        assert kind.rows is not None
-        self.kind, self.codec = kind, kind.rows
-        self.threads = 1
+        self.kind, self.threads = kind, 1
         self.held: dict[str, Held] = {}
         self.steps: list[int] = []
-        self.packed: list[PackedStep[Any] | StoredStep[Any]] = []
+        self.packed: list[PackedStep[Any] | StoredStep[Any] | MixedStep] = []
+        self._kinds: list[Kind] = []  # of each shard held
         self._tensors = 0
         self._gram_rows: list[torch.Tensor] = []  # of H's lower triangle, (L, t) each
-        self._taken: PackedStep[Any] | None = None
+        self._taken: PackedStep[Any] | MixedStep | None = None
 
     def begin(self, held: dict[str, Held], tensors: int) -> None:
         """See `Collector`."""
         self.held, self.steps, self.packed, self._taken = held, [], [], None
         self._tensors, self._gram_rows = tensors, []
+        self._kinds = [self.kind.of(name) for name in held]
 
     def warm_up(self, dtype: torch.dtype) -> None:
         """See `Collector`."""
 
         def work() -> None:
-            state, packing = torch.zeros(1, dtype=self.kind.dtype), Packing[Any](self.kind.part)
-            sizes = self.codec.sizes([1])
-            room = packing.room(sizes) if sizes else None
-            increment, _, _ = self.codec.take(state, torch.ones(1, dtype=dtype), [], room)
-            self.codec.advance(state, increment)
+            codec, state = _codec(self.kind), torch.zeros(1, dtype=self.kind.dtype)
+            sizes = codec.sizes([1])
+            room = Packing[Any](self.kind.part).room(sizes) if sizes else None
+            increment, _, _ = codec.take(state, torch.ones(1, dtype=dtype), [], room)
+            codec.advance(state, increment)
             self.kind.accumulate(state, [increment], [1.0])
 
         warm_up(sum(len(held.state) for held in self.held.values()), work)
@@ -60,35 +60,57 @@ class RowCollector:
         """See `Collector`."""
         self.steps = trajectory.steps_until(step)
         self.packed = [trajectory.load(rank, observed) for observed in self.steps]
-        for i, held in enumerate(self.held.values()):
+        for i, (kind, held) in enumerate(zip(self._kinds, self.held.values(), strict=True)):
             for packed in self.packed:
-                check_fits(increment := packed.increment(i), len(held.state))
-                self.codec.advance(held.state, increment)
+                check_fits(increment := packed.increment(i), len(held.state), kind.part)
+                _codec(kind).advance(held.state, increment)
         self._gram_rows = replay.gram_rows(trajectory, step)
 
     def take(self, step: int, shards: Iterator[tuple[int, Held, torch.Tensor]]) -> Taken:
         """See `Collector`; k = T + 1, the new row of H."""
-        packing: Packing[Any] = Packing(self.kind.part, self.codec.sizes([len(h.state) for h in self.held.values()]))
+        check_later(step, self.steps)
+        packings = self._packings()
         row_lT = torch.zeros(len(self.held), len(self.packed) + 1, dtype=torch.float64)
         changed_l = torch.zeros(len(self.held), dtype=torch.float64)
-        for i, increment, row_T, changed in in_order(self._look, self._asked(packing, shards), self.threads):
+        for i, increment, row_T, changed in in_order(self._look, self._asked(packings, shards), self.threads):
             if increment is not None:
-                packing.add(increment)
+                packings[self._kinds[i].name].add(increment)
             row_lT[i], changed_l[i] = row_T, changed
-        self._taken = packing.step(row_lT)
+        self._taken = self._step(packings, row_lT)
         return Taken(row_lT, changed_l, self._taken)
 
+    def _of_kind(self, name: str) -> list[int]:
+        """Positions of the shards that are kept so."""
+        return [i for i, kind in enumerate(self._kinds) if kind.name == name]
+
+    def _packings(self) -> dict[str, Packing[Any]]:
+        """Name of each kind -> room for the increments of the shards that are kept so."""
+        numels, packings = [len(held.state) for held in self.held.values()], {}
+        for kind in {kind.name: kind for kind in (self.kind, *self._kinds)}.values():
+            sizes = _codec(kind).sizes([numels[i] for i in self._of_kind(kind.name)])
+            packings[kind.name] = Packing[Any](kind.part, sizes)
+        return packings
+
+    def _step(self, packings: dict[str, Packing[Any]], row_lT: torch.Tensor) -> PackedStep[Any] | MixedStep:
+        if not self.kind.own:
+            return packings[self.kind.name].step(row_lT)
+        tensors = {name: mine for name in packings if (mine := self._of_kind(name))}
+        return MixedStep({name: packings[name].step(row_lT) for name in tensors}, tensors, row_lT)
+
     def _asked(
-        self, packing: Packing[Any], shards: Iterator[tuple[int, Held, torch.Tensor]]
+        self, packings: dict[str, Packing[Any]], shards: Iterator[tuple[int, Held, torch.Tensor]]
     ) -> Iterator[tuple[int, Held, torch.Tensor, list[Row[Any]], Any]]:
         for i, held, data in shards:
-            sizes = self.codec.sizes([len(held.state)])
-            yield i, held, data, [packed.row(i) for packed in self.packed], packing.room(sizes) if sizes else None
+            kind = self._kinds[i]
+            sizes = _codec(kind).sizes([len(held.state)])
+            room = packings[kind.name].room(sizes) if sizes else None
+            yield i, held, data, [packed.row(i) for packed in self.packed], room
 
     def _look(self, item: tuple[int, Held, torch.Tensor, list[Row[Any]], Any]) -> tuple[int, Any, torch.Tensor, int]:
         """The increment is None where it was put into the room that there is for it."""
         i, held, data, before, room = item
-        increment, row_T, changed = self.codec.take(held.state, data, before, room)
+        with naming(self.held, i):
+            increment, row_T, changed = _codec(self._kinds[i]).take(held.state, data, before, room)
         return i, None if room is not None else increment, row_T, changed
 
     def keep(self, step: int, figures_Lk: torch.Tensor) -> None:
@@ -98,16 +120,18 @@ class RowCollector:
         self._gram_rows.append(figures_Lk)
         self.packed.append(taken)
         self.steps.append(step)
-        states = enumerate(held.state for held in self.held.values())
-        for _ in in_order(
-            lambda numbered: self.codec.advance(numbered[1], taken.increment(numbered[0])), states, self.threads
-        ):
+
+        def advance(numbered: tuple[int, Held]) -> None:
+            i, held = numbered
+            _codec(self._kinds[i]).advance(held.state, taken.increment(i))
+
+        for _ in in_order(advance, enumerate(self.held.values()), self.threads):
             pass
 
     def leave_to_disk(self, trajectory: Trajectory, rank: int) -> None:
         """Hold no increment in memory whose file is there: for a pass that has time to read them again."""
         self.packed = [
-            step_kept if isinstance(step_kept, StoredStep) else trajectory.stored(rank, step)
+            step_kept if _is_on_disk(step_kept) else trajectory.stored(rank, step)
             for step_kept, step in zip(self.packed, self.steps, strict=True)
         ]
 
@@ -133,3 +157,12 @@ class RowCollector:
         """See `Collector`."""
         zero = torch.zeros(len(self.held), dtype=torch.float64)
         return sum((packed.bytes_of_tensors() for packed in self.packed), start=zero)
+
+
+def _is_on_disk(packed: PackedStep[Any] | StoredStep[Any] | MixedStep) -> bool:
+    return packed.on_disk if isinstance(packed, MixedStep) else isinstance(packed, StoredStep)
+
+
+def _codec(kind: Kind) -> RowCodec:
+    assert kind.rows is not None
+    return kind.rows

@@ -8,7 +8,7 @@ import torch
 from relex_verl.maths.sketch import interval, legendre, lifted_gram, rebase
 from relex_verl.maths.window import Window
 from relex_verl.trajectory import replay
-from relex_verl.trajectory.collectors.collector import Held, Taken
+from relex_verl.trajectory.collectors.collector import Held, Taken, check_later, naming
 from relex_verl.trajectory.encodings import PackedStep
 from relex_verl.trajectory.encodings.fitting import check_fits
 from relex_verl.trajectory.kernels import warm_up
@@ -71,7 +71,7 @@ class SketchCollector:
         self._moments = PackedStep(self.kind.part, arrays)
         for i, held in enumerate(self.held.values()):
             for j in range(size):
-                check_fits(self._moments.increment(size * i + j), len(held.state))
+                check_fits(self._moments.increment(size * i + j), len(held.state), self.kind.part)
         own = arrays["gram_row"]
         self._own_gram_lrr, self._own_energy_lT = own[:, : size**2].view(-1, size, size), own[:, size**2 :]
         self._gram_Lrr, self._energy_LT = replay.sketched(trajectory, step)
@@ -80,6 +80,7 @@ class SketchCollector:
         """See `Collector`; k = r^2 + 1, S S^T and |delta_t|^2."""
         if self._torn:
             raise RuntimeError("an earlier step was sketched half-way: resume from the trajectory on disk")
+        check_later(step, self.steps)
         self._torn = True
         size, first = self.kind.size, (self.steps or [step])[0]
         length = interval(first, step)
@@ -89,7 +90,8 @@ class SketchCollector:
         figures_lk = torch.zeros(len(self.held), size**2 + 1, dtype=torch.float64)
         assert self.kind.add_row is not None
         for i, held, data in shards:
-            figures_lk[i] = self.kind.add_row(held.state, data, self.parts(i), weights, change)
+            with naming(self.held, i):
+                figures_lk[i] = self.kind.add_row(held.state, data, self.parts(i), weights, change)
         self._own_gram_lrr = figures_lk[:, :-1].reshape(-1, size, size)
         self._own_energy_lT = torch.cat([self._own_energy_lT, figures_lk[:, -1:]], dim=1)
         return Taken(figures_lk, torch.full((len(self.held),), torch.nan, dtype=torch.float64), None)

@@ -3,6 +3,7 @@
 What is made of them stands in `trajectory.kinds`.
 """
 
+from relex_verl.trajectory.encodings.mixed import MixedStep, read_step, stored_step
 from relex_verl.trajectory.encodings.packed import PackedStep, Packing, Row, StoredStep
 
-__all__ = ["PackedStep", "Packing", "Row", "StoredStep"]
+__all__ = ["MixedStep", "PackedStep", "Packing", "Row", "StoredStep", "read_step", "stored_step"]

@@ -16,8 +16,8 @@ __all__ = ["check_fits"]
 SPARSE = [torch.int32, torch.int16, torch.bfloat16, torch.int64, torch.bfloat16, torch.bfloat16]
 
 
-def check_fits(part: Any, numel: int) -> None:
-    """Compare an increment, or a moment, with the shard that it is to be used with.
+def check_fits(part: Any, numel: int, kind: type) -> None:
+    """Compare an increment, or a moment, with the shard that it is to be used with, and the type that is kept of it.
 
     Raises:
         ValueError: it is that of another shard, or of none.
@@ -25,7 +25,7 @@ def check_fits(part: Any, numel: int) -> None:
     fits: dict[type, Callable[[Any, int], bool]] = {
         SparseIncrement: _sparse, QuantizedIncrement: _quantized, Moment: _moment,
     }  # fmt: skip
-    if not fits[type(part)](part, numel):
+    if type(part) is not kind or not fits[kind](part, numel):
         raise ValueError(f"what is kept of it is not of {numel} elements")
 
 

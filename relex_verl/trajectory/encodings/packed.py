@@ -176,15 +176,18 @@ class Packing(Generic[Increment]):
 class StoredStep(Generic[Increment]):
     """A step that stays in its file: like `PackedStep`, with only the pages of the last few increments in memory."""
 
-    def __init__(self, kind: type[Increment], path: Path) -> None:
-        self.kind, self.path = kind, path
+    def __init__(self, kind: type[Increment], path: Path, way: str = "") -> None:
+        """Open it; of a file whose tensors are kept in several ways those of one, see `mixed`."""
+        self.kind, self.path, self._begins = kind, path, f"{way}/" if way else ""
         self._mapped: PackedStep[Increment] = self._map()
         self._read = 0
         self._bytes: list[int] = self._mapped.bytes_of_tensors().tolist()
 
     def _map(self) -> PackedStep[Increment]:
         with safe_open(self.path, framework="pt") as handle:
-            return PackedStep(self.kind, {name: handle.get_tensor(name) for name in handle.keys()})  # noqa: SIM118
+            names = [name for name in handle.keys() if name.startswith(self._begins)]  # noqa: SIM118
+            arrays = {name.removeprefix(self._begins): handle.get_tensor(name) for name in names}
+        return PackedStep(self.kind, arrays)
 
     def increment(self, tensor: int) -> Increment:
         """The increment of one tensor: views of the file."""
