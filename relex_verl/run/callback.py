@@ -21,7 +21,6 @@ from relex_verl.run.protocol import Host, Opened, RunFacts, Setup, Started, Weig
 from relex_verl.run.ranks import Ranks, RelexError
 from relex_verl.run.schedule import Schedule
 from relex_verl.trajectory.index import TrajectoryError
-from relex_verl.trajectory.kinds import KINDS
 
 __all__ = ["RelexCallback"]
 
@@ -90,17 +89,14 @@ class RelexCallback:
         """
         self._ranks = Ranks(workers)
         jumps = self.config.on_cut == "jump"
-        predictions = 0 if jumps else predictions_to_write(len(self.schedule.predictions))
-        setup = Setup(self.config, self.schedule.plans, predictions, self._output.path, self._run)
+        written = predictions_to_write(len(self.schedule.predictions))
+        predictions = 0 if jumps or self.schedule.plan is None else written
+        plans, recordings = self.schedule.plans, self.schedule.recordings
+        setup = Setup(self.config, plans, predictions, self._output.path, self._run, recordings)
         started: Started = self._ranks.ask_or_refuse("relex_start", setup)
         if started.reason is not None and jumps:
             raise ConfigError("relex.on_cut", "jump", f"a jump sets float32 master weights, and {started.reason}")
-        if started.reason is not None:
-            fallen = started.kind != self.config.kind.name
-            became = f"becomes {KINDS[started.kind].trajectory}" if fallen else "follows bfloat16 weights"
-            logger.warning("RELEX: relex.trajectory=%s %s: %s", self.config.trajectory, became, started.reason)
-        if started.cost:
-            logger.info("RELEX: %s", started.cost)
+        announce.started(self.config, started)
         self.schedule.follow(started.kind)
 
     def on_checkpoint_loaded(self, step: int) -> None:
@@ -113,10 +109,11 @@ class RelexCallback:
             self.schedule.resume(step, self._output.earlier_cuts(step))
         else:
             self._output.claim({"base model": self._run.base_model, **self._run.names}, self._run.resume_mode)
-        if self.schedule.plan is None and self.config.on_cut != "jump":
+        recording = self.schedule.plan is None and self.schedule.recording is not None
+        if self.schedule.plan is None and self.config.on_cut != "jump" and not recording:
             self._close()
             return
-        opened: Opened = self._ranks.ask_or_refuse("relex_open", step)
+        opened: Opened = self._ranks.ask_or_refuse("relex_open", step, recording)
         if not appears(self._output.index):
             raise TrajectoryError(f"the driver sees no relex.output_dir={self._output.path}: use a shared file system")
         if opened.began and step:
@@ -166,7 +163,7 @@ class RelexCallback:
         Returns:
             Metrics to add to the step's own; empty when there is nothing to do.
         """
-        if not self.active or not self.plan.observes(step):
+        if not self.active or not self.schedule.observes(step):
             return {}
         self._log = log
         return self._guard(lambda: self._observe(step)) or {}
@@ -200,12 +197,7 @@ class RelexCallback:
     def on_train_end(self) -> None:
         """The run is over, by whatever way."""
         if self.active and self._schedule is not None:
-            if self.schedule.earlier:
-                reason = self.schedule.earlier[-1].advice.reason
-                logger.info("RELEX: training ended before another cut at step %d. %s", self.plan.t_cut, reason)
-            else:
-                said = "RELEX: training ended before the cut at step %d was scored; the trajectory is kept"
-                logger.warning(said, self.plan.t_cut)
+            announce.ended(self.schedule, self._output)
         self.active = False
 
     def substitute(self, weights: Weights | None) -> None:
@@ -216,7 +208,7 @@ class RelexCallback:
 
     def _observe(self, step: int) -> dict[str, float]:
         self._metrics = self._ranks.ask("relex_observe", step)
-        if step == self.plan.t_cut:
+        if self.schedule.plan is not None and step == self.plan.t_cut:
             findings = self._findings = self._fit()
             if not self.config.validate_targets:
                 self._findings = None
@@ -293,5 +285,11 @@ class RelexCallback:
             return None
 
     def _close(self) -> None:
+        """No cut is left: record on, or let go."""
+        self.schedule.plan = None
+        if self.schedule.recording is not None:
+            self._ranks.ask("relex_record")
+            logger.info("RELEX: no cut is left; what is trained from here on is recorded, on disk alone")
+            return
         self.active = False
         self._ranks.release()

@@ -9,7 +9,7 @@ from relex_verl.maths.advice import Advice, alpha_share
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.reporting.findings import Cost, EarlierCut, Scored
 from relex_verl.run.config import RelexConfig
-from relex_verl.run.plan import NEAREST_JUMP, Plan, following
+from relex_verl.run.plan import NEAREST_JUMP, Plan, Recording, following, recording
 from relex_verl.trajectory.kinds import KINDS
 
 __all__ = ["Schedule"]
@@ -24,6 +24,7 @@ class Schedule:
         kind: of trajectory, by which the weights are followed.
         plans: the first cut, by the name of each kind that it may come to.
         plan: the coming cut; None when there is none any more.
+        recordings: of a run that is recorded whole: what is recorded after the last cut, by the name of each kind.
         earlier: what was found at the cuts behind it.
         samples_a_step: that a training step generates; None where nobody has said.
     """
@@ -36,11 +37,25 @@ class Schedule:
         """
         self.kind = config.kind
         names = [name for name in (self.kind.name, self.kind.fallback) if name is not None]
-        self.plans = {name: config.plan(total_steps, KINDS[name]) for name in names}
-        self.plan: Plan | None = self.plans[self.kind.name]
+        cuts = [] if config.t_cut is None else names
+        self.plans = {name: config.plan(total_steps, KINDS[name]) for name in cuts}
+        self.plan: Plan | None = self.plans.get(self.kind.name)
+        recorded = {name: recording(config, total_steps, KINDS[name]) for name in names}
+        self.recordings = {name: one for name, one in recorded.items() if one is not None}
         self.earlier: list[EarlierCut] = []
         self.samples_a_step = samples_a_step
-        self._config, self._total_steps, self._first_cut = config, total_steps, self.plan.t_cut
+        self._config, self._total_steps = config, total_steps
+        self._first_cut = 0 if self.plan is None else self.plan.t_cut
+
+    @property
+    def recording(self) -> Recording | None:
+        """What is recorded after the last cut; None where nothing is."""
+        return self.recordings.get(self.kind.name)
+
+    def observes(self, step: int) -> bool:
+        """Whether a row is taken after this step."""
+        following = self.plan or self.recording
+        return following is not None and following.observes(step)
 
     @property
     def predictions(self) -> list[Prediction]:
@@ -70,7 +85,7 @@ class Schedule:
 
     def follow(self, kind: str) -> None:
         """Take the kind of trajectory that the engine allows, by its name."""
-        self.kind, self.plan = KINDS[kind], self.plans[kind]
+        self.kind, self.plan = KINDS[kind], self.plans.get(kind)
 
     def following(self) -> Plan | None:
         """The cut after the coming one, if that does not win; None when the run ends before it."""
