@@ -103,6 +103,10 @@ class Workers:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "relex.json").write_text(json.dumps(provenance))
 
+    def _relex_keep(self, folder: Path, provenance: Mapping[str, Any]) -> None:
+        folder.mkdir()
+        (folder / "relex.json").write_text(json.dumps(provenance))
+
     @property
     def steps(self) -> list[int]:
         """Those of the index."""

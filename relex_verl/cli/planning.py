@@ -45,6 +45,7 @@ def plan(
     sketch_size: Annotated[int, typer.Option(help="As relex.sketch_size.")] = 4,
     observe_every: Annotated[str, typer.Option(help="auto or a number of steps, as relex.observe_every.")] = "auto",
     record: Annotated[str, typer.Option(help="window or run, as relex.record; run needs --steps.")] = "window",
+    keep_best: Annotated[bool, typer.Option("--keep-best", help="As relex.keep_best=true.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="All steps of the run, for what is recorded of it.")] = None,
     change_rate: Annotated[
         float,
@@ -104,6 +105,7 @@ def plan(
                 "on_cut": on_cut,
                 "max_candidates": max_candidates,
                 "record": record,
+                "keep_best": keep_best,
             }
         )
         if config.record == "run" and steps is None:
@@ -133,13 +135,12 @@ def _workload(config: RelexConfig, tensors: int, targets: int, steps: int | None
     """What a run with this configuration keeps, by the assumptions that it is admitted with."""
     jump = config.on_cut == "jump"
     recorded = None if steps is None else recording(config, steps, config.kind)
-    if config.t_cut is None:
-        assert recorded is not None
-        return Workload(config.kind, tensors, 0, recorded.observe_every, 0, recorded=recorded.rows_after(0))
-    resolved = config.plan(steps or int(config.t_cut) + 1)
-    later = 0 if recorded is None else max(0, recorded.rows_after(0) - resolved.rows)
-    written = 0 if jump else predictions_to_write(targets)
-    return Workload(config.kind, tensors, resolved.rows, resolved.observe_every, written, jump=jump, recorded=later)
+    resolved = None if config.t_cut is None else config.plan(steps or int(config.t_cut) + 1)
+    written = predictions_to_write(None if jump or resolved is None else targets, config.keep_best)
+    rows, later = 0 if resolved is None else resolved.rows, 0 if recorded is None else recorded.rows_after(0)
+    plan = resolved or recorded
+    assert plan is not None  # without a cut it is recorded
+    return Workload(config.kind, tensors, rows, plan.observe_every, written, jump=jump, recorded=max(0, later - rows))
 
 
 def _ranks(params: int, ranks: int, per_node: int, memory_gib: float | None, on_host: bool) -> list[RankFacts]:

@@ -129,6 +129,7 @@ class Checkout(Record):
         versions: of what gave it back.
         window: of the trajectory, where it is not the first.
         after_jump: whether these are the weights with which training went on after a jump at that step, or an undone one.
+        metric, score: of the run's own validation, where the step was chosen by it.
     """
 
     base_model: str
@@ -138,6 +139,8 @@ class Checkout(Record):
     versions: dict[str, str]
     window: int | None = field(default=None, kw_only=True, metadata=IF_KNOWN)
     after_jump: bool | None = field(default=None, kw_only=True, metadata=IF_KNOWN)
+    metric: str | None = field(default=None, kw_only=True, metadata=IF_KNOWN)
+    score: float | None = field(default=None, kw_only=True, metadata=IF_KNOWN)
     schema_version: int = 1
 
     @classmethod
@@ -149,7 +152,9 @@ class Checkout(Record):
         trajectory: Path,
         window: int = 0,
         after_jump: bool = False,
+        metric: str | None = None,
+        score: float | None = None,
     ) -> "Checkout":
         """Of a step that is given back now."""
         made = (base_model, step, max_error, str(trajectory), versions())
-        return cls(*made, window=window or None, after_jump=after_jump or None)
+        return cls(*made, window=window or None, after_jump=after_jump or None, metric=metric, score=score)

@@ -16,11 +16,11 @@ from relex_verl.reporting.timeline import timeline_figure
 from relex_verl.run.config import RelexConfig
 from relex_verl.run.cut import Verdict
 from relex_verl.run.output import OutputFolder
-from relex_verl.run.protocol import Started
+from relex_verl.run.protocol import Opened, Started
 from relex_verl.run.schedule import Schedule
 from relex_verl.trajectory.kinds import KINDS
 
-__all__ = ["attempt", "ended", "report", "show", "spent", "started"]
+__all__ = ["attempt", "ended", "goes_on", "report", "show", "spent", "started"]
 
 logger = logging.getLogger("relex_verl")
 
@@ -42,6 +42,14 @@ def started(config: RelexConfig, answer: Started) -> None:
         logger.warning("RELEX: relex.trajectory=%s %s: %s", config.trajectory, became, answer.reason)
     if answer.cost:
         logger.info("RELEX: %s", answer.cost)
+
+
+def goes_on(step: int, opened: Opened) -> None:
+    """From where a run that was resumed is observed."""
+    if opened.steps:
+        logger.info("RELEX: goes on after step %d, with %d observed steps", step, len(opened.steps))
+    elif step:
+        logger.warning("RELEX: observes from step %d on; the steps before were trained without it", step)
 
 
 def ended(schedule: Schedule, output: OutputFolder) -> None:

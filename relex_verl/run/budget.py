@@ -93,9 +93,14 @@ class Workload:
         return (2 * elements if self.checkpoint is None else self.checkpoint) * self.predictions
 
 
-def predictions_to_write(configured: int) -> int:
-    """Checkpoints that a cut may write: the configured ones, and one that the search finds beside them."""
-    return configured + 1
+def predictions_to_write(configured: int | None, best: bool = False) -> int:
+    """Checkpoints that a run may write: the configured ones of a cut, and one that the search finds beside them.
+
+    Args:
+        configured: predictions; None of a run that writes none.
+        best: the best observed step is kept, and the one before it until it is complete.
+    """
+    return (0 if configured is None else configured + 1) + (2 if best else 0)
 
 
 def gib(size: float) -> str:

@@ -1,7 +1,7 @@
 """The driver's side: when to observe, when to cut, what to write, and what to do when something goes wrong."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from relex_verl.pipeline.resuming import appears
 from relex_verl.reporting.findings import Findings
 from relex_verl.reporting.provenance import Provenance
 from relex_verl.run import announce
-from relex_verl.run.budget import predictions_to_write
 from relex_verl.run.config import ConfigError, RelexConfig
 from relex_verl.run.cut import Verdict, decide, restore
 from relex_verl.run.jump import carry_out, go_on_from, jumps_before
@@ -20,6 +19,7 @@ from relex_verl.run.plan import Plan
 from relex_verl.run.protocol import Host, Opened, RunFacts, Setup, Started, Weights
 from relex_verl.run.ranks import Ranks, RelexError
 from relex_verl.run.schedule import Schedule
+from relex_verl.run.scores import RunScores
 from relex_verl.trajectory.index import TrajectoryError
 
 __all__ = ["RelexCallback"]
@@ -52,6 +52,7 @@ class RelexCallback:
         self._findings: Findings | None = None  # of a cut whose predictions are still to be scored
         self._written: dict[Path, Provenance] = {}  # folders of this cut's predictions
         self._log: Any = None
+        self._scores: RunScores | None = RunScores(config, run.base_model, self._output.path)
 
     @property
     def schedule(self) -> Schedule:
@@ -89,10 +90,8 @@ class RelexCallback:
         """
         self._ranks = Ranks(workers)
         jumps = self.config.on_cut == "jump"
-        written = predictions_to_write(len(self.schedule.predictions))
-        predictions = 0 if jumps or self.schedule.plan is None else written
-        plans, recordings = self.schedule.plans, self.schedule.recordings
-        setup = Setup(self.config, plans, predictions, self._output.path, self._run, recordings)
+        plans, recordings, written = self.schedule.plans, self.schedule.recordings, self.schedule.checkpoints
+        setup = Setup(self.config, plans, written, self._output.path, self._run, recordings)
         started: Started = self._ranks.ask_or_refuse("relex_start", setup)
         if started.reason is not None and jumps:
             raise ConfigError("relex.on_cut", "jump", f"a jump sets float32 master weights, and {started.reason}")
@@ -109,7 +108,9 @@ class RelexCallback:
             self.schedule.resume(step, self._output.earlier_cuts(step))
         else:
             self._output.claim({"base model": self._run.base_model, **self._run.names}, self._run.resume_mode)
-        recording = self.schedule.plan is None and self.schedule.recording is not None
+        if self._scores is not None:
+            self._scores.go_on_after(step)
+        recording = self.schedule.plan is None and (self.schedule.recording is not None or self.config.keep_best)
         if self.schedule.plan is None and self.config.on_cut != "jump" and not recording:
             self._close()
             return
@@ -118,10 +119,8 @@ class RelexCallback:
             raise TrajectoryError(f"the driver sees no relex.output_dir={self._output.path}: use a shared file system")
         if opened.began and step:
             go_on_from(self._ranks, self.schedule, step)
-        elif opened.steps:
-            logger.info("RELEX: goes on after step %d, with %d observed steps", step, len(opened.steps))
-        elif step:
-            logger.warning("RELEX: observes from step %d on; the steps before were trained without it", step)
+        else:
+            announce.goes_on(step, opened)
         if self.schedule.plan is None:
             self._close()
         elif step == self.plan.t_cut:
@@ -193,6 +192,11 @@ class RelexCallback:
         finally:
             restore(host, step)
         return {} if verdict is None else self._guard(lambda: self._conclude(step, findings, verdict, host)) or {}
+
+    def on_validated(self, step: int, metrics: Mapping[str, float], core: str | None) -> None:
+        """verl has validated the policy's own weights of this step; `core` is its core metric, where it has one."""
+        if (scores := self._scores) is not None:
+            self._guard(lambda: scores.add(step, metrics, core, self._ranks))
 
     def on_train_end(self) -> None:
         """The run is over, by whatever way."""
@@ -277,7 +281,7 @@ class RelexCallback:
         try:
             return work()
         except Exception:
-            self._findings, self.active = None, False
+            self._findings, self._scores, self.active = None, None, False
             if self.config.on_error == "raise":
                 raise
             logger.error("RELEX failed and is switched off; the training goes on without it", exc_info=True)
@@ -287,9 +291,10 @@ class RelexCallback:
     def _close(self) -> None:
         """No cut is left: record on, or let go."""
         self.schedule.plan = None
-        if self.schedule.recording is not None:
-            self._ranks.ask("relex_record")
-            logger.info("RELEX: no cut is left; what is trained from here on is recorded, on disk alone")
+        self.active = self.schedule.recording is not None
+        if not self.active and not self.config.keep_best:
+            self._ranks.release()
             return
-        self.active = False
-        self._ranks.release()
+        self._ranks.ask("relex_record")
+        if self.active:
+            logger.info("RELEX: no cut is left; what is trained from here on is recorded, on disk alone")

@@ -41,6 +41,7 @@ class RelexConfig:
         sketch_size: r, how many polynomials over the steps a "sketch" keeps, 2 to 6.
         observe_every: steps between two rows; "auto" aims at 16 rows up to the cut for "fp32", takes each step for others.
         record: "window" keeps rows up to the last cut; "run" goes on to the end of the run, on disk alone.
+        keep_best: write the weights of a step whose own validation scores more than any before to `output_dir/best`.
         fit_from: the first step that takes part in the fit; later than 1 leaves a learning-rate warm-up out.
         methods: names of extrapolators, see `relex_verl.maths.extrapolators.METHODS`.
         rank: r, directions kept a tensor.
@@ -75,6 +76,7 @@ class RelexConfig:
     sketch_size: int = 4
     observe_every: int | str = "auto"
     record: str = "window"
+    keep_best: bool = False
     fit_from: int = 1
     methods: list[str] = field(default_factory=lambda: ["relex"])
     rank: int = 1
@@ -211,6 +213,8 @@ class RelexConfig:
 
     def _check_recording(self) -> None:
         one_of("relex.record", self.record, ["window", "run"])
+        if not isinstance(self.keep_best, bool):
+            raise ConfigError("relex.keep_best", self.keep_best, "give true or false")
         if self.record == "run" and not self.kind.keeps_rows:
             cure = "a sketch keeps no single row: record with relex.trajectory=bf16 or fp32"
             raise ConfigError("relex.record", self.record, cure)

@@ -156,6 +156,14 @@ class RelexRank:
         followed = observer.kind.dtype
         return whole_tensors(self._ranks, observer.base, observer.shapes, observer.aliases, shards, device, followed)
 
+    def keep(self, folder: Path, provenance: dict[str, Any]) -> None:
+        """Write the engine's weights as they are now, in the base's types, each rank its own elements."""
+        observer = self._observer
+        shards, followed = observer.current(self._source), observer.kind.dtype
+        write_together(
+            self._ranks, observer.base, observer.aliases, observer.shapes, shards, folder, provenance, followed
+        )
+
     def room(self, rows: int) -> None:
         """Check that so many more rows fit into host memory and on disk."""
         elements, held = sum(shard.placement.numel for shard in self._observer.held.values()), self._observer.steps

@@ -8,6 +8,7 @@ from math import ceil
 from relex_verl.maths.advice import Advice, alpha_share
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.reporting.findings import Cost, EarlierCut, Scored
+from relex_verl.run.budget import predictions_to_write
 from relex_verl.run.config import RelexConfig
 from relex_verl.run.plan import NEAREST_JUMP, Plan, Recording, following, recording
 from relex_verl.trajectory.kinds import KINDS
@@ -64,6 +65,12 @@ class Schedule:
         if self._config.on_cut == "jump":
             return []  # what wins is trained on from, and stays in the trajectory
         return [self.prediction(method, target) for method in methods for target in targets]
+
+    @property
+    def checkpoints(self) -> int:
+        """How many are written at the coming cut and, with `relex.keep_best`, beside it."""
+        written = None if self._config.on_cut == "jump" or self.plan is None else len(self.predictions)
+        return predictions_to_write(written, self._config.keep_best)
 
     def prediction(self, method: str, target: int) -> Prediction:
         """With the configured rank and first step."""

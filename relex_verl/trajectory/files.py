@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from relex_verl.trajectory.checksum import KEY, checksum
 
-__all__ = ["header_bytes", "reserve", "save_tensors", "stream_tensors", "write_json"]
+__all__ = ["header_bytes", "reserve", "save_tensors", "stream_tensors", "write_json", "write_text"]
 
 # How safetensors spells what is kept of an optimizer.
 DTYPES = {
@@ -27,8 +27,13 @@ os.umask(UMASK)
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON to a temporary name, then rename: readers see the old file or the new one."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write text to a temporary name, then rename."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(content)
     os.replace(temporary, path)
 
 

@@ -110,6 +110,12 @@ class _RelexWorkerMixin:
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     @answers
+    def relex_keep(self, folder: Path, provenance: dict[str, Any]) -> None:
+        """See `RelexRank.keep`."""
+        self._relex.keep(folder, provenance)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @answers
     def relex_jump(self, step: int, prediction: Prediction, optimizer: str, undoable: bool) -> float:
         """See `JumpingRank.jump`."""
         return self._relex.jumping.jump(step, prediction, optimizer, undoable)
