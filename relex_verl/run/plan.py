@@ -66,7 +66,7 @@ class Recording:
 
     def observes(self, step: int) -> bool:
         """Whether a row is taken after this step."""
-        return step == self.last or (step < self.last and step % self.observe_every == 0)
+        return step == self.last or (0 < step < self.last and step % self.observe_every == 0)
 
     def rows_after(self, step: int) -> int:
         """Rows from the next step on."""
