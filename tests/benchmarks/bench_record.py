@@ -88,6 +88,8 @@ def run(out: Path, steps: int, record: str, save: bool) -> dict[int, int]:
         code = process.wait()
     if max(metrics(out), default=0) < steps:
         raise SystemExit(f"{out.name} ended with {code} before its last step: see {log.name}")
+    if not memory:
+        raise SystemExit(f"no process below {out.name} has {ACTOR} in its name: its memory was not seen")
     return memory
 
 
