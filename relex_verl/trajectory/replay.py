@@ -11,6 +11,7 @@ from relex_verl.maths.window import Window
 from relex_verl.trajectory.encodings.fitting import check_fits
 from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
 from relex_verl.trajectory.index import TrajectoryError, step_ranges
+from relex_verl.trajectory.kernels import WORTH, load
 from relex_verl.trajectory.kinds import RowCodec
 from relex_verl.trajectory.parallel import all_processors, in_order
 from relex_verl.trajectory.shards import Placement, TensorShard
@@ -120,8 +121,10 @@ def _products(
 
     def rows(of: tuple[list[Any], int]) -> list[torch.Tensor]:
         parts, numel = of
-        return [codec.dots(parts[: t + 1], numel) for t in recorded]
+        return codec.products(parts, numel, recorded)
 
+    if trajectory.elements >= WORTH:
+        load()
     with all_processors() as threads:
         yield from in_order(rows, increments(), threads)
 
