@@ -123,7 +123,7 @@ def _products(
         parts, numel = of
         return codec.products(parts, numel, recorded)
 
-    if trajectory.elements >= WORTH:
+    if trajectory.elements * len(recorded) >= WORTH:
         load()
     with all_processors() as threads:
         yield from in_order(rows, increments(), threads)
