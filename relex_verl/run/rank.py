@@ -75,9 +75,10 @@ class RelexRank:
         return Opened(list(steps), self._observer.replays is not None)
 
     def record(self) -> None:
-        """Let go of the rows in memory: there is no cut to come, and rows go on to disk alone."""
+        """Let go of the rows in memory: there is no cut to come, and rows go on to disk alone. A sketch stays as it is."""
         observer = self._observer
-        observer.collector = RowRecorder(observer.kind, observer.held, observer.steps)
+        if observer.kind.keeps_rows:
+            observer.collector = RowRecorder(observer.kind, observer.held, observer.steps)
 
     @cached_property
     def jumping(self) -> JumpingRank:

@@ -69,7 +69,7 @@ def best_of(validated: Sequence[Validated], metric: str | None = None) -> tuple[
     Raises:
         ValueError: none has that metric.
     """
-    by = metric or (validated[-1].metric if validated else None)
+    by = metric or next((one.metric for one in reversed(validated) if one.metric is not None), None)
     having = [one for one in validated if by is not None and isfinite(one.metrics.get(by, float("nan")))]
     if by is None or not having:
         known = sorted({name for one in validated for name in one.metrics})

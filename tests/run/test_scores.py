@@ -28,7 +28,7 @@ def best(folder: Path) -> tuple[int, float]:
 
 def test_the_best_is_the_highest_and_of_equal_ones_the_earliest() -> None:
     scores = [Validated(step, METRIC, {METRIC: score, OTHER: -score}) for step, score in ((0, 0.2), (5, 0.7), (9, 0.7))]
-    scores.append(Validated(12, METRIC, {METRIC: math.nan}))
+    scores += [Validated(12, METRIC, {METRIC: math.nan}), Validated(15, None, {})]
     assert best_of(scores)[0].step == 5
     assert best_of(scores, OTHER)[1:] == (OTHER, -0.2)
     for some, metric, says in (
