@@ -59,8 +59,7 @@ def check_same(recorded: Trajectory, kept: Trajectory) -> None:
         assert torch.equal(one.data, other.data)
 
 
-@pytest.mark.parametrize("kind", ["bf16", "fp32-int8", "fp32-none"])
-@pytest.mark.parametrize("cut", [0, 3])
+@pytest.mark.parametrize(("kind", "cut"), [("bf16", 0), ("fp32-int8", 3), ("fp32-none", 0)])
 def test_what_is_recorded_is_what_is_kept(base: Path, tmp_path: Path, kind: str, cut: int) -> None:
     """From the start (no cut at all), and after one."""
     train(tmp_path / "kept", base, kind)
