@@ -69,7 +69,7 @@ def test_the_report_is_of_the_scores(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "swept/manifest.json": json.dumps({"predictions": swept}),
         "run/relex/validations.jsonl": "".join(json.dumps(line) + "\n" for line in lines),
         "scores.json": json.dumps(scores),
-        "compared.json": "{}",
+        "compared.json": json.dumps({"names": [], "rows": [], "tensors": [], "figures": ["/some/where"]}),
         "compared/alignment.png": "a picture",
     }.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
