@@ -44,7 +44,7 @@ def main() -> None:
     run.train(design, base, out)
     analysis.predict(design, out)
     folder, table = report.write(design, out, arguments.publish)
-    say.print(table, highlight=False)
+    say.print(table, highlight=False, soft_wrap=True)
     say.print(f"results: {folder}", highlight=False)
 
 
