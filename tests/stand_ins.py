@@ -38,6 +38,7 @@ class Workers:
         fails: the method in which rank 1 fails, with an error of this `kind`.
         calls: methods, in the order of the calls.
         reason: why the engine does not allow the configured trajectory, if so.
+        recording: no row is kept in memory.
     """
 
     def __init__(self, folder: Path, fails: str = "", kind: str = "OSError", reason: str | None = None) -> None:
@@ -47,6 +48,7 @@ class Workers:
         self.origin = 0  # of the window that is observed
         self.began = False  # at the step that the run was resumed from
         self.jumps: list[tuple[Any, ...]] = []
+        self.recording = False
 
     def __getattr__(self, method: str) -> Any:
         def call(*args: Any) -> list[Answer]:
@@ -67,10 +69,14 @@ class Workers:
         fallback = None if self.reason is None else kind.fallback
         return Started(kind.name if fallback is None else fallback, self.reason, "needs 3 GiB")
 
-    def _relex_open(self, step: int) -> Opened:
+    def _relex_open(self, step: int, recording: bool = False) -> Opened:
+        self.recording = recording
         kept = [one for one in self.steps if one <= step]
         self._write(kept)
         return Opened(kept, self.began)
+
+    def _relex_record(self) -> None:
+        self.recording = True
 
     def _relex_jump(self, step: int, *how: Any) -> float:
         self.origin = step
@@ -95,6 +101,10 @@ class Workers:
 
     def _relex_write(self, prediction: Prediction, folder: Path, provenance: Mapping[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "relex.json").write_text(json.dumps(provenance))
+
+    def _relex_keep(self, folder: Path, provenance: Mapping[str, Any]) -> None:
+        folder.mkdir()
         (folder / "relex.json").write_text(json.dumps(provenance))
 
     @property

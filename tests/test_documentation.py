@@ -46,6 +46,7 @@ def test_every_page_is_there() -> None:
         "settings",
         "cost",
         "failure",
+        "recording",
         "trust",
         "offline",
         "formats",

@@ -51,6 +51,8 @@ def trainer(option: str, base: Path, log: list[str]) -> Any:
     host.relex = SimpleNamespace(
         substitute=substitute, on_save=lambda step: log.append(f"on_save {step}"), wants_scores=False
     )
+    host.relex.validated = []
+    host.relex.on_validated = lambda *what: host.relex.validated.append(what)
     host.global_steps, host.total_training_steps = 4, 20
     host.checkpoint_manager = Replicas("", log)
     host.standalone_checkpoint_manager = Replicas("standalone ", log)

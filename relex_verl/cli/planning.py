@@ -19,6 +19,7 @@ from relex_verl.run.budget import (
     traffic,
 )
 from relex_verl.run.config import RelexConfig
+from relex_verl.run.plan import recording
 
 __all__ = ["plan"]
 
@@ -30,7 +31,9 @@ TYPICAL = "_typical"  # ends the keys of what is usual, beside what a run reckon
 
 def plan(
     params: Annotated[float, typer.Option(help="Parameters that are trained, e.g. 8e9.")],
-    t_cut: Annotated[int, typer.Option(min=1, help="The step at which to fit.")],
+    t_cut: Annotated[
+        int | None, typer.Option(min=1, help="The step at which to fit; none for a run that is only recorded.")
+    ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Training ranks (GPUs), all nodes together.")] = 8,
     ranks_per_node: Annotated[int, typer.Option(min=1, help="Of these, how many on one node.")] = 8,
     tensors: Annotated[
@@ -41,6 +44,9 @@ def plan(
     quantization: Annotated[str, typer.Option(help="int8, int4 or none, as relex.quantization.")] = "int8",
     sketch_size: Annotated[int, typer.Option(help="As relex.sketch_size.")] = 4,
     observe_every: Annotated[str, typer.Option(help="auto or a number of steps, as relex.observe_every.")] = "auto",
+    record: Annotated[str, typer.Option(help="window or run, as relex.record; run needs --steps.")] = "window",
+    keep_best: Annotated[bool, typer.Option("--keep-best", help="As relex.keep_best=true.")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="All steps of the run, for what is recorded of it.")] = None,
     change_rate: Annotated[
         float,
         typer.Option(
@@ -98,9 +104,13 @@ def plan(
                 "observe_every": int(observe_every) if observe_every.isdigit() else observe_every,
                 "on_cut": on_cut,
                 "max_candidates": max_candidates,
+                "record": record,
+                "keep_best": keep_best,
             }
         )
-        workload = _workload(config, tensors, targets)
+        if config.record == "run" and steps is None:
+            raise ValueError("--record run: give --steps, all steps of the run, too")
+        workload = _workload(config, tensors, targets, steps)
         per_node = min(ranks, ranks_per_node)
         facts = _ranks(round(params), ranks, per_node, memory_gib, optimizer_offload)
     shown = replace(workload, change_rate=change_rate)
@@ -121,12 +131,16 @@ def plan(
         print_fact(_title(key), _shown(key, value))
 
 
-def _workload(config: RelexConfig, tensors: int, targets: int) -> Workload:
+def _workload(config: RelexConfig, tensors: int, targets: int, steps: int | None) -> Workload:
     """What a run with this configuration keeps, by the assumptions that it is admitted with."""
-    resolved = config.plan(int(config.t_cut) + 1)
     jump = config.on_cut == "jump"
-    written = 0 if jump else predictions_to_write(targets)
-    return Workload(config.kind, tensors, resolved.rows, resolved.observe_every, written, jump=jump)
+    recorded = None if steps is None else recording(config, steps, config.kind)
+    resolved = None if config.t_cut is None else config.plan(steps or int(config.t_cut) + 1)
+    written = predictions_to_write(None if jump or resolved is None else targets, config.keep_best)
+    rows, later = 0 if resolved is None else resolved.rows, 0 if recorded is None else recorded.rows_after(0)
+    plan = resolved or recorded
+    assert plan is not None  # without a cut it is recorded
+    return Workload(config.kind, tensors, rows, plan.observe_every, written, jump=jump, recorded=max(0, later - rows))
 
 
 def _ranks(params: int, ranks: int, per_node: int, memory_gib: float | None, on_host: bool) -> list[RankFacts]:
@@ -141,6 +155,7 @@ def _costs(workload: Workload, ranks: Sequence[RankFacts]) -> dict[str, Any]:
     memory = workload.memory(need.largest)
     return {
         "observed_steps": workload.rows,
+        **({"steps_on_disk_alone": workload.recorded} if workload.recorded else {}),
         "observe_every": workload.observe_every,
         "memory_a_rank": memory,
         "memory_a_node": max(node.memory for node in need.nodes),

@@ -1,5 +1,6 @@
 """From a trajectory on disk: what it holds, observed checkpoints, predicted ones, rank-r reconstructions."""
 
+from dataclasses import replace
 from itertools import product
 from typing import Annotated, Any
 
@@ -25,8 +26,9 @@ from relex_verl.offline import analysis, face
 from relex_verl.offline.merging import write_merged
 from relex_verl.pipeline.prediction import write_checkpoint
 from relex_verl.reporting.provenance import Checkout
+from relex_verl.run.scores import FILE, best_of, read_scores
 from relex_verl.trajectory import replay
-from relex_verl.trajectory.holding import window_holding
+from relex_verl.trajectory.holding import last_before, window_holding
 from relex_verl.trajectory.index import step_ranges
 from relex_verl.trajectory.store import Trajectory
 from relex_verl.trajectory.windows import WindowRecord
@@ -102,8 +104,19 @@ def _window_row(number: int, record: WindowRecord) -> dict[str, Any]:
 
 def checkout(
     trajectory: TrajectoryFolder,
-    step: Annotated[int, typer.Option(help="An observed step, or 0 for the origin.")],
     out: OutFolder,
+    step: Annotated[int | None, typer.Option(help="An observed step, or 0 for the origin.")] = None,
+    best: Annotated[
+        bool,
+        typer.Option(
+            "--best",
+            help="Instead of --step: the step that the run's own validation scored highest (the earliest of equal ones), or "
+            "the last observed before it.",
+        ),
+    ] = False,
+    metric: Annotated[
+        str | None, typer.Option(help="Of --best, as verl logs it; the run's deciding one if not given.")
+    ] = None,
     after_jump: Annotated[
         bool,
         typer.Option(
@@ -120,12 +133,26 @@ def checkout(
     bound of its error printed; of LoRA, the bound is that of the adapters.
     """
     with clear_errors():
-        opened = window_holding(Trajectory(trajectory, base=base), step, after_jump)
+        opened, scored = Trajectory(trajectory, base=base), None
+        if best:
+            if step is not None or after_jump:
+                raise ValueError(
+                    "--best chooses the step, and what a jump at it led to: leave out --step, --after-jump"
+                )
+            scored = best_of(read_scores(trajectory.resolve().parent / FILE), metric)
+            opened, step, after_jump = last_before(opened, scored[0].step)
+        elif step is None or metric is not None:
+            raise ValueError("give --step N, or --best with or without --metric")
+        else:
+            opened = window_holding(opened, step, after_jump)
         error = replay.error_bound(opened, step)
+        exact_score = scored is not None and scored[0].step == step
         own = opened.index.encodings
-        facts = Checkout.of(
-            step, error, opened.index.base_model, trajectory.resolve(), opened.number, after_jump, own
-        ).to_json()
+        where = opened.index.base_model, trajectory.resolve(), opened.number, after_jump, own
+        made = Checkout.of(step, error, *where)
+        if scored is not None and exact_score:
+            made = replace(made, metric=scored[1], score=scored[2])
+        facts = made.to_json()
         with element_bar(opened, f"step {step}") as advance:
             # A float32 state has digits that the base's own types would cut off; a bfloat16 one has none.
             dtype = torch.float32 if opened.kind.dtype == torch.float32 else None
@@ -133,9 +160,15 @@ def checkout(
                 write_merged(opened, replay.states(opened, step), out, facts, advance)
             else:
                 write_checkpoint(opened, replay.states(opened, step), out, facts, dtype, advance)
+    chosen = {} if scored is None else {"best": {"step": scored[0].step, "metric": scored[1], "score": scored[2]}}
     if as_json:
-        print_json({"step": step, "path": str(out), "max_error": error})
+        print_json({"step": step, "path": str(out), "max_error": error, **chosen})
         return
+    if scored is not None:
+        console.print(f"best: step {scored[0].step}, {scored[1]} {scored[2]:.4g}", highlight=False)
+        if not exact_score:
+            said = f"step {scored[0].step} was not observed; step {step} is the last before it that was"
+            console.print(f"{said}, and its own score is not known", highlight=False)
     which = f"bit for bit; {len(own)} tensors in float32" if own else "float32"
     exact = "bit for bit" if error == 0 else f"{which}, each weight within {error:.1e}"
     console.print(f"step {step} ({exact}): {out}", highlight=False)

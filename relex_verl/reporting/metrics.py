@@ -9,7 +9,15 @@ from relex_verl.maths.diagnostics import describe, random_walk, summary
 from relex_verl.maths.window import Window
 from relex_verl.reporting.findings import Fits
 
-__all__ = ["fit_report", "step_metrics"]
+__all__ = ["fit_report", "row_metrics", "step_metrics"]
+
+
+def row_metrics(changed_share: float, stored_bytes: int) -> dict[str, float]:
+    """What there is to say of a row by itself, see `step_metrics`."""
+    metrics = {"relex/stored_bytes": float(stored_bytes)}
+    if math.isfinite(changed_share):  # a sketch does not keep the row before
+        metrics["relex/changed_share"] = changed_share
+    return metrics
 
 
 def step_metrics(
@@ -23,9 +31,7 @@ def step_metrics(
         stored_bytes: size of the trajectory so far.
         backtest: from `diagnostics.half_backtest`; `relex/ready` is 1 when it says that extrapolating beats holding.
     """
-    metrics = {"relex/stored_bytes": float(stored_bytes)}
-    if math.isfinite(changed_share):  # a sketch does not keep the row before
-        metrics["relex/changed_share"] = changed_share
+    metrics = row_metrics(changed_share, stored_bytes)
     if math.isfinite(backtest):
         metrics |= {"relex/backtest/error_vs_hold": backtest, "relex/ready": float(backtest < 1.0)}
     if figures["drift"].isfinite().any():

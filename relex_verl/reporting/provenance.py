@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,7 @@ class Checkout(Record):
         window: of the trajectory, where it is not the first.
         after_jump: whether these are the weights with which training went on after a jump at that step, or an undone one.
         encodings: tensor -> how it was followed, of those that were in another way than the rest.
+        metric, score: of the run's own validation, where the step was chosen by it.
     """
 
     base_model: str
@@ -140,6 +141,8 @@ class Checkout(Record):
     window: int | None = field(default=None, kw_only=True, metadata=IF_KNOWN)
     after_jump: bool | None = field(default=None, kw_only=True, metadata=IF_KNOWN)
     encodings: dict[str, str] | None = field(default=None, kw_only=True, metadata=IF_KNOWN)
+    metric: str | None = field(default=None, kw_only=True, metadata=IF_KNOWN)
+    score: float | None = field(default=None, kw_only=True, metadata=IF_KNOWN)
     schema_version: int = 1
 
     @classmethod
@@ -152,8 +155,11 @@ class Checkout(Record):
         window: int = 0,
         after_jump: bool = False,
         encodings: Mapping[str, str] | None = None,
+        metric: str | None = None,
+        score: float | None = None,
     ) -> "Checkout":
         """Of a step that is given back now."""
         made = (base_model, step, max_error, str(trajectory), versions())
         own = dict(encodings or {}) or None
-        return cls(*made, window=window or None, after_jump=after_jump or None, encodings=own)
+        where = cls(*made, window=window or None, after_jump=after_jump or None, encodings=own)
+        return replace(where, metric=metric, score=score)

@@ -93,7 +93,7 @@ class Estimate:
             later = f", of which the optimizer will take {gib(node.optimizer)}" if node.optimizer else ""
             return (
                 f"following this run takes about {gib(node.to_come)} of host memory on a node ({node.ranks} ranks"
-                f"{self._assumed}), {gib(node.available or 0)} are available{later}: lower relex.t_cut, raise "
+                f"{self._assumed}), {gib(node.available or 0)} are available{later}: {self._shorter}raise "
                 f"relex.observe_every, {self._cheaper}or run without RELEX"
             )
         if self.disk_free is not None and needed > self.disk_free:
@@ -101,7 +101,7 @@ class Estimate:
             return (
                 f"{folder} has {gib(self.disk_free)} free, about {gib(needed)} are needed ({gib(self.trajectory)} for "
                 f"the trajectory{self._assumed}, {gib(self.predictions)} for predicted checkpoints): choose another "
-                "folder, fewer relex.targets, or an earlier relex.t_cut"
+                f"folder, {self._less}"
             )
         return None
 
@@ -119,14 +119,32 @@ class Estimate:
         there = "" if node.available is None else f" ({gib(node.available)} available)"
         folder = "" if self.output_dir is None else f" in {self.output_dir}"
         return (
-            f"{self.elements:.3g} parameters on {ranks} ranks, {self.workload.rows} rows of {self.workload.kind.name}"
+            f"{self.elements:.3g} parameters on {ranks} ranks, {self._rows} of {self.workload.kind.name}"
             f"{self._assumed}: about {gib(node.memory)} of host memory on a node of {node.ranks} ranks{there}, "
             f"{gib(self.trajectory)} of trajectory and {gib(self.predictions)} of predictions{folder}"
         )
 
     @property
+    def _rows(self) -> str:
+        rows, recorded = self.workload.rows, self.workload.recorded
+        return f"{rows} rows" + (f" and {recorded} more, on disk alone," if recorded else "")
+
+    @property
+    def _shorter(self) -> str:
+        return "lower relex.t_cut, " if self.workload.rows else ""
+
+    @property
+    def _less(self) -> str:
+        if self.workload.recorded:
+            return "raise relex.observe_every, or take relex.record=window"
+        return "fewer relex.targets, or an earlier relex.t_cut"
+
+    @property
     def _cheaper(self) -> str:
-        others = [name for name in ("bf16", "sketch") if name != self.workload.kind.trajectory]
+        kinds = ("bf16",) if self.workload.recorded else ("bf16", "sketch")
+        others = [name for name in kinds if name != self.workload.kind.trajectory]
+        if not others:
+            return ""
         return f"take relex.trajectory={' or '.join(others)}, "
 
     @property

@@ -13,11 +13,14 @@ from relex_verl.reporting.findings import CutReport, Findings, Predicted
 from relex_verl.reporting.page import write_html
 from relex_verl.reporting.provenance import Provenance, versions
 from relex_verl.reporting.timeline import timeline_figure
+from relex_verl.run.config import RelexConfig
 from relex_verl.run.cut import Verdict
 from relex_verl.run.output import OutputFolder
+from relex_verl.run.protocol import Opened, Started
 from relex_verl.run.schedule import Schedule
+from relex_verl.trajectory.kinds import KINDS
 
-__all__ = ["attempt", "report", "show", "spent"]
+__all__ = ["attempt", "ended", "goes_on", "report", "show", "spent", "started"]
 
 logger = logging.getLogger("relex_verl")
 
@@ -29,6 +32,36 @@ def attempt(what: str, work: Callable[[], Any]) -> Any:
     except Exception:
         logger.warning("RELEX: %s failed; the decision stands", what, exc_info=True)
         return None
+
+
+def started(config: RelexConfig, answer: Started) -> None:
+    """How the weights are followed, where that is not what was configured, and what it takes."""
+    if answer.reason is not None:
+        fallen = answer.kind != config.kind.name
+        became = f"becomes {KINDS[answer.kind].trajectory}" if fallen else "follows bfloat16 weights"
+        logger.warning("RELEX: relex.trajectory=%s %s: %s", config.trajectory, became, answer.reason)
+    if answer.cost:
+        logger.info("RELEX: %s", answer.cost)
+
+
+def goes_on(step: int, opened: Opened) -> None:
+    """From where a run that was resumed is observed."""
+    if opened.steps:
+        logger.info("RELEX: goes on after step %d, with %d observed steps", step, len(opened.steps))
+    elif step:
+        logger.warning("RELEX: observes from step %d on; the steps before were trained without it", step)
+
+
+def ended(schedule: Schedule, output: OutputFolder) -> None:
+    """The run is over while RELEX still had something to do."""
+    if schedule.plan is None:
+        logger.info("RELEX: the run is recorded in %s", output.index.parent)
+    elif schedule.earlier:
+        reason = schedule.earlier[-1].advice.reason
+        logger.info("RELEX: training ended before another cut at step %d. %s", schedule.plan.t_cut, reason)
+    else:
+        said = "RELEX: training ended before the cut at step %d was scored; the trajectory is kept"
+        logger.warning(said, schedule.plan.t_cut)
 
 
 def report(

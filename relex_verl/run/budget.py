@@ -39,6 +39,7 @@ class Workload:
         rows_held: rows that are in memory and on disk already, beside the state; None before theta_0 is taken.
         checkpoint: bytes of a predicted checkpoint, those of the base; None for all in bfloat16.
         jump: the weights may be set to a prediction, and set back.
+        recorded: rows after the cut, which go to disk and stay nowhere else.
     """
 
     kind: Kind
@@ -50,6 +51,7 @@ class Workload:
     rows_held: int | None = None
     checkpoint: int | None = None
     jump: bool = False
+    recorded: int = 0
 
     @property
     def row_bytes(self) -> float:
@@ -65,7 +67,8 @@ class Workload:
         """Host memory of a rank that holds so many parameters, at the cut."""
         gram = 2 * self.tensors * self.rows**2 * 8
         prediction = JUMP_MEMORY * elements if self.jump else 0
-        return self._state_and_rows(elements, self.rows) + gram + prediction
+        rows = max(self.rows, min(self.recorded, 1))  # one that is recorded is in memory until it is written
+        return self._state_and_rows(elements, rows) + gram + prediction
 
     def memory_to_come(self, elements: int) -> int:
         """Of `memory`, what is still to be taken. G is made anew, of all rows."""
@@ -82,16 +85,22 @@ class Workload:
         if held:
             files -= 1  # that of the cut behind
         jump = JUMP_DISK if self.jump else 0
-        return round(elements * ((self.rows - held) * self.row_bytes + files * self.kind.fixed_bytes + jump))
+        rows = self.rows - held + self.recorded
+        return round(elements * (rows * self.row_bytes + files * self.kind.fixed_bytes + jump))
 
     def predicted(self, elements: int) -> int:
         """Disk for the predicted checkpoints."""
         return (2 * elements if self.checkpoint is None else self.checkpoint) * self.predictions
 
 
-def predictions_to_write(configured: int) -> int:
-    """Checkpoints that a cut may write: the configured ones, and one that the search finds beside them."""
-    return configured + 1
+def predictions_to_write(configured: int | None, best: bool = False) -> int:
+    """Checkpoints that a run may write: the configured ones of a cut, and one that the search finds beside them.
+
+    Args:
+        configured: predictions; None of a run that writes none.
+        best: the best observed step is kept, and the one before it until it is complete.
+    """
+    return (0 if configured is None else configured + 1) + (2 if best else 0)
 
 
 def gib(size: float) -> str:

@@ -1,7 +1,7 @@
 """The driver's side: when to observe, when to cut, what to write, and what to do when something goes wrong."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from relex_verl.pipeline.resuming import appears
 from relex_verl.reporting.findings import Findings
 from relex_verl.reporting.provenance import Provenance
 from relex_verl.run import announce
-from relex_verl.run.budget import predictions_to_write
 from relex_verl.run.config import ConfigError, RelexConfig
 from relex_verl.run.cut import Verdict, decide, restore
 from relex_verl.run.jump import carry_out, go_on_from, jumps_before
@@ -20,8 +19,8 @@ from relex_verl.run.plan import Plan
 from relex_verl.run.protocol import Host, Opened, RunFacts, Setup, Started, Weights
 from relex_verl.run.ranks import Ranks, RelexError
 from relex_verl.run.schedule import Schedule
+from relex_verl.run.scores import RunScores
 from relex_verl.trajectory.index import TrajectoryError
-from relex_verl.trajectory.kinds import KINDS
 
 __all__ = ["RelexCallback"]
 
@@ -53,6 +52,7 @@ class RelexCallback:
         self._findings: Findings | None = None  # of a cut whose predictions are still to be scored
         self._written: dict[Path, Provenance] = {}  # folders of this cut's predictions
         self._log: Any = None
+        self._scores: RunScores | None = RunScores(config, run.base_model, self._output.path)
 
     @property
     def schedule(self) -> Schedule:
@@ -90,17 +90,12 @@ class RelexCallback:
         """
         self._ranks = Ranks(workers)
         jumps = self.config.on_cut == "jump"
-        predictions = 0 if jumps else predictions_to_write(len(self.schedule.predictions))
-        setup = Setup(self.config, self.schedule.plans, predictions, self._output.path, self._run)
+        plans, recordings, written = self.schedule.plans, self.schedule.recordings, self.schedule.checkpoints
+        setup = Setup(self.config, plans, written, self._output.path, self._run, recordings)
         started: Started = self._ranks.ask_or_refuse("relex_start", setup)
         if started.reason is not None and jumps:
             raise ConfigError("relex.on_cut", "jump", f"a jump sets float32 master weights, and {started.reason}")
-        if started.reason is not None:
-            fallen = started.kind != self.config.kind.name
-            became = f"becomes {KINDS[started.kind].trajectory}" if fallen else "follows bfloat16 weights"
-            logger.warning("RELEX: relex.trajectory=%s %s: %s", self.config.trajectory, became, started.reason)
-        if started.cost:
-            logger.info("RELEX: %s", started.cost)
+        announce.started(self.config, started)
         self.schedule.follow(started.kind)
 
     def on_checkpoint_loaded(self, step: int) -> None:
@@ -113,18 +108,19 @@ class RelexCallback:
             self.schedule.resume(step, self._output.earlier_cuts(step))
         else:
             self._output.claim({"base model": self._run.base_model, **self._run.names}, self._run.resume_mode)
-        if self.schedule.plan is None and self.config.on_cut != "jump":
+        if self._scores is not None:
+            self._scores.go_on_after(step)
+        recording = self.schedule.plan is None and (self.schedule.recording is not None or self.config.keep_best)
+        if self.schedule.plan is None and self.config.on_cut != "jump" and not recording:
             self._close()
             return
-        opened: Opened = self._ranks.ask_or_refuse("relex_open", step)
+        opened: Opened = self._ranks.ask_or_refuse("relex_open", step, recording)
         if not appears(self._output.index):
             raise TrajectoryError(f"the driver sees no relex.output_dir={self._output.path}: use a shared file system")
         if opened.began and step:
             go_on_from(self._ranks, self.schedule, step)
-        elif opened.steps:
-            logger.info("RELEX: goes on after step %d, with %d observed steps", step, len(opened.steps))
-        elif step:
-            logger.warning("RELEX: observes from step %d on; the steps before were trained without it", step)
+        else:
+            announce.goes_on(step, opened)
         if self.schedule.plan is None:
             self._close()
         elif step == self.plan.t_cut:
@@ -166,7 +162,7 @@ class RelexCallback:
         Returns:
             Metrics to add to the step's own; empty when there is nothing to do.
         """
-        if not self.active or not self.schedule.reach(step).observes(step):
+        if not self.active or not self.schedule.observes(step):
             return {}
         self._log = log
         return self._guard(lambda: self._observe(step)) or {}
@@ -197,15 +193,15 @@ class RelexCallback:
             restore(host, step)
         return {} if verdict is None else self._guard(lambda: self._conclude(step, findings, verdict, host)) or {}
 
+    def on_validated(self, step: int, metrics: Mapping[str, float], core: str | None) -> None:
+        """verl has validated the policy's own weights of this step; `core` is its core metric, where it has one."""
+        if (scores := self._scores) is not None:
+            self._guard(lambda: scores.add(step, metrics, core, self._ranks))
+
     def on_train_end(self) -> None:
         """The run is over, by whatever way."""
         if self.active and self._schedule is not None:
-            if self.schedule.earlier:
-                reason = self.schedule.earlier[-1].advice.reason
-                logger.info("RELEX: training ended before another cut at step %d. %s", self.plan.t_cut, reason)
-            else:
-                said = "RELEX: training ended before the cut at step %d was scored; the trajectory is kept"
-                logger.warning(said, self.plan.t_cut)
+            announce.ended(self.schedule, self._output)
         self.active = False
 
     def substitute(self, weights: Weights | None) -> None:
@@ -216,7 +212,7 @@ class RelexCallback:
 
     def _observe(self, step: int) -> dict[str, float]:
         self._metrics = self._ranks.ask("relex_observe", step)
-        if step == self.plan.t_cut:
+        if self.schedule.plan is not None and step == self.plan.t_cut:
             findings = self._findings = self._fit()
             if not self.config.validate_targets:
                 self._findings = None
@@ -285,7 +281,7 @@ class RelexCallback:
         try:
             return work()
         except Exception:
-            self._findings, self.active = None, False
+            self._findings, self._scores, self.active = None, None, False
             if self.config.on_error == "raise":
                 raise
             logger.error("RELEX failed and is switched off; the training goes on without it", exc_info=True)
@@ -293,5 +289,12 @@ class RelexCallback:
             return None
 
     def _close(self) -> None:
-        self.active = False
-        self._ranks.release()
+        """No cut is left: record on, or let go."""
+        self.schedule.plan = None
+        self.active = self.schedule.recording is not None
+        if not self.active and not self.config.keep_best:
+            self._ranks.release()
+            return
+        self._ranks.ask("relex_record")
+        if self.active:
+            logger.info("RELEX: no cut is left; what is trained from here on is recorded, on disk alone")

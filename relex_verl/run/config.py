@@ -13,12 +13,17 @@ import torch
 from relex_verl.maths.extrapolators import METHODS
 from relex_verl.maths.sketch import SIZES
 from relex_verl.run.checks import ConfigError, is_list, is_number, is_whole, one_of, whole
-from relex_verl.run.plan import Plan, first
+from relex_verl.run.plan import USUAL_CUT, Plan, first
 from relex_verl.trajectory.kinds import QUANTIZATIONS, TRAJECTORIES, Kind, kind_of
 
 __all__ = ["ConfigError", "Plan", "RelexConfig"]
 
 
+# What a run without a cut has no use for.
+OF_CUTS = (
+    "on_cut", "targets", "fit_from", "methods", "rank", "validate_targets", "max_candidates", "search_prompts",
+    "confidence", "recut_every",
+)  # fmt: skip
 METRIC = re.compile(r"val-(core|aux)/.+/[^/]+/mean@\d+")
 
 
@@ -27,7 +32,7 @@ class RelexConfig:
     """The `relex` node of a run's configuration.
 
     Attributes:
-        t_cut: when to fit: a share of all steps if below 1, else a step.
+        t_cut: when to fit: a share of all steps if below 1, else a step; null: never, the run is only recorded.
         targets: what to predict: shares of all steps (up to 1.0) or steps (whole numbers above 1).
         trajectory: how weights are followed: "fp32" is the float32 master weights (where the engine has them, else
             "bf16"), "bf16" the bfloat16 weights that the rollout sees, exactly (the paper's own setting), "sketch" keeps
@@ -35,6 +40,8 @@ class RelexConfig:
         quantization: how a row of an "fp32" trajectory is kept: "int8", "int4", or "none" (float32).
         sketch_size: r, how many polynomials over the steps a "sketch" keeps, 2 to 6.
         observe_every: steps between two rows; "auto" aims at 16 rows up to the cut for "fp32", takes each step for others.
+        record: "window" keeps rows up to the last cut; "run" goes on to the end of the run, on disk alone.
+        keep_best: write the weights of a step whose own validation scores more than any before to `output_dir/best`.
         fit_from: the first step that takes part in the fit; later than 1 leaves a learning-rate warm-up out.
         methods: names of extrapolators, see `relex_verl.maths.extrapolators.METHODS`.
         rank: r, directions kept a tensor.
@@ -62,12 +69,14 @@ class RelexConfig:
         output_dir: where trajectory, predicted checkpoints and report go.
     """
 
-    t_cut: float = 0.15
+    t_cut: float | None = USUAL_CUT
     targets: list[float] = field(default_factory=lambda: [1.0])
     trajectory: str = "fp32"
     quantization: str = "int8"
     sketch_size: int = 4
     observe_every: int | str = "auto"
+    record: str = "window"
+    keep_best: bool = False
     fit_from: int = 1
     methods: list[str] = field(default_factory=lambda: ["relex"])
     rank: int = 1
@@ -118,6 +127,7 @@ class RelexConfig:
         self._check_sketch()
         self._check_scoring()
         self._check_jump()
+        self._check_recording()
 
     def _check_sketch(self) -> None:
         if self.sketch_size not in SIZES:
@@ -131,7 +141,7 @@ class RelexConfig:
             raise ConfigError("relex.rank", self.rank, f"relex.sketch_size={self.sketch_size} holds no more directions")
 
     def _check_when(self) -> None:
-        if not is_number(self.t_cut) or self.t_cut <= 0:
+        if self.t_cut is not None and (not is_number(self.t_cut) or self.t_cut <= 0):
             raise ConfigError("relex.t_cut", self.t_cut, "give a share of all steps (0 to 1) or a step (1 or more)")
         if not is_list(self.targets) or not self.targets:
             raise ConfigError("relex.targets", self.targets, "give a list, e.g. [1.0] or [60,100]")
@@ -201,8 +211,25 @@ class RelexConfig:
             if getattr(self, key) != getattr(usual, key):
                 raise ConfigError(f"relex.{key}", getattr(self, key), f"leave it out with relex.on_cut=jump: {instead}")
 
+    def _check_recording(self) -> None:
+        one_of("relex.record", self.record, ["window", "run"])
+        if not isinstance(self.keep_best, bool):
+            raise ConfigError("relex.keep_best", self.keep_best, "give true or false")
+        if self.record == "run" and not self.kind.keeps_rows:
+            cure = "a sketch keeps no single row: record with relex.trajectory=bf16 or fp32"
+            raise ConfigError("relex.record", self.record, cure)
+        if self.t_cut is not None:
+            return
+        if self.record != "run":
+            cure = "without a cut there is nothing to do but to record: set relex.record=run, or give a step"
+            raise ConfigError("relex.t_cut", self.t_cut, cure)
+        usual = RelexConfig()
+        for key in OF_CUTS:
+            if getattr(self, key) != getattr(usual, key):
+                raise ConfigError(f"relex.{key}", getattr(self, key), "only a cut reads it, and relex.t_cut=null")
+
     def plan(self, total_steps: int, kind: Kind | None = None) -> Plan:
-        """The first cut, see `plan.first`."""
+        """The first cut, see `plan.first`; there is one unless t_cut is null."""
         return first(self, total_steps, kind or self.kind)
 
     @property

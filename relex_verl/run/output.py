@@ -24,7 +24,10 @@ __all__ = ["OutputFolder"]
 
 logger = logging.getLogger("relex_verl")
 
-RESULTS = ("predicted", "recommended", "scores", "figures", "before_jump", "report.json", "report.html")
+RESULTS = (
+    "predicted", "recommended", "scores", "figures", "before_jump", "report.json", "report.html", "best",
+    "validations.jsonl",
+)  # fmt: skip
 
 
 class OutputFolder:
@@ -98,6 +101,7 @@ class OutputFolder:
             if resume_mode != "auto":
                 self._refuse(f"trainer.resume_mode={resume_mode} starts a new one")
         left = [self.path / name for name in RESULTS if (self.path / name).exists()]
+        left += self.path.glob("best-step_*")
         left += [self.index.parent] if observed else []
         if not left:
             return

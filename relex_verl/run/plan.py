@@ -8,10 +8,11 @@ from relex_verl.maths.extrapolators import METHODS
 from relex_verl.run.checks import ConfigError, is_whole
 from relex_verl.trajectory.kinds import Kind
 
-__all__ = ["NEAREST_JUMP", "Plan", "first", "following"]
+__all__ = ["NEAREST_JUMP", "Plan", "Recording", "first", "following", "recording"]
 
 # Shorter horizons are what a few more steps of training bring anyway.
 NEAREST_JUMP = 1.5
+USUAL_CUT = 0.15  # `relex.t_cut`
 
 
 # A `config.RelexConfig`, which resolves itself by this file and so cannot be named here.
@@ -49,6 +50,43 @@ class Plan:
     def rows(self) -> int:
         """Observed steps up to the cut."""
         return self.rows_from(1)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The rows after the last cut of a run that is recorded whole: they go to disk, and stay nowhere else.
+
+    Attributes:
+        last: the last step of the run, which is always observed.
+        observe_every: steps between two rows.
+    """
+
+    last: int
+    observe_every: int
+
+    def observes(self, step: int) -> bool:
+        """Whether a row is taken after this step."""
+        return step == self.last or (0 < step < self.last and step % self.observe_every == 0)
+
+    def rows_after(self, step: int) -> int:
+        """Rows from the next step on."""
+        return sum(map(self.observes, range(step + 1, self.last + 1)))
+
+
+def recording(config: Config, total_steps: int, kind: Kind) -> Recording | None:
+    """What is recorded after the last cut, as densely as up to the first; None where nothing is.
+
+    Args:
+        config: the `relex` node; without a cut, rows are spaced as for one at 15% of the steps, the default.
+        total_steps: all steps of the run.
+        kind: the one that the engine allows.
+    """
+    if config.record != "run":
+        return None
+    if config.observe_every != "auto":
+        return Recording(total_steps, int(config.observe_every))
+    share = USUAL_CUT if config.t_cut is None else config.t_cut
+    return Recording(total_steps, kind.spacing(_step(share, total_steps, "relex.t_cut", share_below=1.0)))
 
 
 def first(config: Config, total_steps: int, kind: Kind) -> Plan:

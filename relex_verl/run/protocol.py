@@ -3,7 +3,7 @@
 import functools
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ import torch
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.pipeline.collectives import PeerError
 from relex_verl.run.config import Plan, RelexConfig
+from relex_verl.run.plan import Recording
 from relex_verl.run.validation import Validation
 from relex_verl.trajectory.shards import ShardSource, TensorShard
 
@@ -67,6 +68,7 @@ class Setup:
         predictions: checkpoints to be written.
         output_dir: of the configuration, made absolute by the driver: a rank may stand in another folder.
         run: what identifies the run.
+        recordings: what is recorded after the last cut, by the name of each kind; empty where nothing is.
     """
 
     config: RelexConfig
@@ -74,6 +76,7 @@ class Setup:
     predictions: int
     output_dir: Path
     run: RunFacts
+    recordings: Mapping[str, Recording] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

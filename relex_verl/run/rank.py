@@ -23,6 +23,7 @@ from relex_verl.run import admission, machine
 from relex_verl.run.budget import Workload
 from relex_verl.run.jumping_rank import JumpingRank
 from relex_verl.run.protocol import Engine, JumpingEngine, Opened, Setup, Started, Weights
+from relex_verl.trajectory.collectors import RowRecorder
 from relex_verl.trajectory.kinds import KINDS
 from relex_verl.trajectory.shards import TensorShard
 
@@ -59,8 +60,10 @@ class RelexRank:
         self._observer.start(self._source, admit=self._admit)
         return Started(self._observer.kind.name, self._reason, self._cost)
 
-    def open(self, step: int) -> Opened:
-        """Open the trajectory after the step that training goes on from."""
+    def open(self, step: int, recording: bool = False) -> Opened:
+        """Open the trajectory after the step that training goes on from; with no cut to come, to record alone."""
+        if recording:
+            self.record()
         self._observer.open(step)
         steps, fit_from = self._observer.steps, self._setup.config.fit_from
         with self._ranks.together():
@@ -70,6 +73,12 @@ class RelexRank:
                     "cannot leave them out. Give the value that the run began with"
                 )
         return Opened(list(steps), self._observer.replays is not None)
+
+    def record(self) -> None:
+        """Let go of the rows in memory: there is no cut to come, and rows go on to disk alone. A sketch stays as it is."""
+        observer = self._observer
+        if observer.kind.keeps_rows:
+            observer.collector = RowRecorder(observer.kind, observer.held, observer.steps)
 
     @cached_property
     def jumping(self) -> JumpingRank:
@@ -83,6 +92,8 @@ class RelexRank:
         seen = self._observer.observe(step, self._source)
         if self._ranks.rank:
             return {}
+        if isinstance(self._observer.collector, RowRecorder):
+            return metrics.row_metrics(seen.changed_share, seen.stored_bytes)
         config = self._setup.config
         # Before the fit begins, this row alone: rows of a warm-up say nothing of what will be fitted.
         window = self._observer.window().since(min(config.fit_from, step))
@@ -146,6 +157,14 @@ class RelexRank:
         followed = observer.kind.dtype
         return whole_tensors(self._ranks, observer.base, observer.shapes, observer.aliases, shards, device, followed)
 
+    def keep(self, folder: Path, provenance: dict[str, Any]) -> None:
+        """Write the engine's weights as they are now, in the base's types, each rank its own elements."""
+        observer = self._observer
+        shards, followed = observer.current(self._source), observer.kind.dtype
+        write_together(
+            self._ranks, observer.base, observer.aliases, observer.shapes, shards, folder, provenance, followed
+        )
+
     def room(self, rows: int) -> None:
         """Check that so many more rows fit into host memory and on disk."""
         elements, held = sum(shard.placement.numel for shard in self._observer.held.values()), self._observer.steps
@@ -166,8 +185,8 @@ class RelexRank:
 
     def _admit(self, elements: int, tensors: int) -> None:
         """Before memory is taken: does it all fit? Keeps the estimate, in words."""
-        rows = self._setup.plans[self._observer.kind.name].rows
-        self._cost = self._check_budget(elements, tensors, rows, None)
+        plan = self._setup.plans.get(self._observer.kind.name)
+        self._cost = self._check_budget(elements, tensors, 0 if plan is None else plan.rows, None)
 
     def _check_budget(self, elements: int, tensors: int, rows: int, rows_held: int | None) -> str:
         """Gather the facts of all ranks and ask the rule, on each of them; the estimate, in words.
@@ -187,13 +206,25 @@ class RelexRank:
             facts = admission.RankFacts(socket.gethostname(), elements, available, on_host)
             free = machine.free_disk(setup.output_dir) if self._ranks.rank == 0 else None
         everyone = self._ranks.gather((facts, free))
-        every, ranks = setup.plans[kind.name].observe_every, [rank for rank, _ in everyone]
+        following, held = setup.recordings.get(kind.name), self._observer.steps
+        every = (setup.plans.get(kind.name) or setup.recordings[kind.name]).observe_every
+        ranks = [rank for rank, _ in everyone]
+        # Those after the last of all cuts, as if the coming one were it.
+        recorded = 0 if following is None else following.rows_after(held[-1] if held else 0)
         # Adapters are written in float32, and have no base that could say so yet.
         adapters = 4 * sum(rank.elements for rank in ranks)
         checkpoint = self._observer.base.nbytes if self._observer.adapters is None else adapters
         jump = setup.config.on_cut == "jump"
         workload = Workload(
-            kind, tensors, rows, every, setup.predictions, rows_held=rows_held, checkpoint=checkpoint, jump=jump
+            kind,
+            tensors,
+            rows,
+            every,
+            setup.predictions,
+            rows_held=rows_held,
+            checkpoint=checkpoint,
+            jump=jump,
+            recorded=max(0, recorded - (rows - (rows_held or 0))),
         )
         estimate = admission.estimate(workload, ranks, disk_free=everyone[0][1], output_dir=setup.output_dir)
         with self._ranks.together():

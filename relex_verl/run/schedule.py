@@ -8,8 +8,9 @@ from math import ceil
 from relex_verl.maths.advice import Advice, alpha_share
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.reporting.findings import Cost, EarlierCut, Scored
+from relex_verl.run.budget import predictions_to_write
 from relex_verl.run.config import RelexConfig
-from relex_verl.run.plan import NEAREST_JUMP, Plan, following
+from relex_verl.run.plan import NEAREST_JUMP, Plan, Recording, following, recording
 from relex_verl.trajectory.kinds import KINDS
 
 __all__ = ["Schedule"]
@@ -24,6 +25,7 @@ class Schedule:
         kind: of trajectory, by which the weights are followed.
         plans: the first cut, by the name of each kind that it may come to.
         plan: the coming cut; None when there is none any more.
+        recordings: of a run that is recorded whole: what is recorded after the last cut, by the name of each kind.
         earlier: what was found at the cuts behind it.
         samples_a_step: that a training step generates; None where nobody has said.
     """
@@ -36,11 +38,26 @@ class Schedule:
         """
         self.kind = config.kind
         names = [name for name in (self.kind.name, self.kind.fallback) if name is not None]
-        self.plans = {name: config.plan(total_steps, KINDS[name]) for name in names}
-        self.plan: Plan | None = self.plans[self.kind.name]
+        cuts = [] if config.t_cut is None else names
+        self.plans = {name: config.plan(total_steps, KINDS[name]) for name in cuts}
+        self.plan: Plan | None = self.plans.get(self.kind.name)
+        recorded = {name: recording(config, total_steps, KINDS[name]) for name in names}
+        self.recordings = {name: one for name, one in recorded.items() if one is not None}
         self.earlier: list[EarlierCut] = []
         self.samples_a_step = samples_a_step
-        self._config, self._total_steps, self._first_cut = config, total_steps, self.plan.t_cut
+        self._config, self._total_steps = config, total_steps
+        self._first_cut = 0 if self.plan is None else self.plan.t_cut
+
+    @property
+    def recording(self) -> Recording | None:
+        """What is recorded after the last cut; None where nothing is."""
+        return self.recordings.get(self.kind.name)
+
+    def observes(self, step: int) -> bool:
+        """Whether a row is taken after this step. A cut whose step the host has skipped is made at this one."""
+        self._reach(step)
+        following = self.plan or self.recording
+        return following is not None and following.observes(step)
 
     @property
     def predictions(self) -> list[Prediction]:
@@ -49,6 +66,12 @@ class Schedule:
         if self._config.on_cut == "jump":
             return []  # what wins is trained on from, and stays in the trajectory
         return [self.prediction(method, target) for method in methods for target in targets]
+
+    @property
+    def checkpoints(self) -> int:
+        """How many are written at the coming cut and, with `relex.keep_best`, beside it."""
+        written = None if self._config.on_cut == "jump" or self.plan is None else len(self.predictions)
+        return predictions_to_write(written, self._config.keep_best)
 
     def prediction(self, method: str, target: int) -> Prediction:
         """With the configured rank and first step."""
@@ -70,16 +93,13 @@ class Schedule:
 
     def follow(self, kind: str) -> None:
         """Take the kind of trajectory that the engine allows, by its name."""
-        self.kind, self.plan = KINDS[kind], self.plans[kind]
+        self.kind, self.plan = KINDS[kind], self.plans.get(kind)
 
-    def reach(self, step: int) -> Plan:
-        """The coming cut, now that this step is done: it is this one where the host has skipped the step of the cut."""
-        assert self.plan is not None
-        if self.plan.t_cut < step < self._total_steps:
+    def _reach(self, step: int) -> None:
+        if self.plan is not None and self.plan.t_cut < step < self._total_steps:
             logger.warning("RELEX: the run has skipped step %d, the cut is at step %d instead", self.plan.t_cut, step)
             targets = [target for target in self.plan.targets if target > step] or [self._total_steps]
             self.plan = replace(self.plan, t_cut=step, targets=targets)
-        return self.plan
 
     def following(self) -> Plan | None:
         """The cut after the coming one, if that does not win; None when the run ends before it."""

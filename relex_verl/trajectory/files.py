@@ -24,6 +24,7 @@ __all__ = [
     "stream_tensors",
     "temporary_for",
     "write_json",
+    "write_text",
 ]
 
 # No space, a user's share of it is used up, or a file may not grow further.
@@ -78,8 +79,13 @@ def temporary_for(path: Path, process: str = "") -> Iterator[Path]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON to a temporary name, then rename: readers see the old file or the new one."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write text to a temporary name, then rename."""
     with temporary_for(path, f"{os.getpid()}.") as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.write_text(content)
 
 
 def copy_whole(source: Path, path: Path) -> None:

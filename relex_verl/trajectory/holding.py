@@ -3,7 +3,30 @@
 from relex_verl.trajectory.index import TrajectoryError, step_ranges
 from relex_verl.trajectory.store import Trajectory
 
-__all__ = ["window_holding"]
+__all__ = ["last_before", "window_holding"]
+
+
+def last_before(trajectory: Trajectory, step: int) -> tuple[Trajectory, int, bool]:
+    """The last step up to this one whose weights are known, of those with which training went on: after a jump at it.
+
+    Args:
+        trajectory: any window of it.
+        step: of the run.
+
+    Returns:
+        The window that holds it, the step, and whether its weights are those after a jump (or after one was undone).
+
+    Raises:
+        TrajectoryError: the first window begins later.
+    """
+    numbers = [number for number, record in enumerate(trajectory.windows) if record.origin_step <= step]
+    if not numbers:
+        begun = trajectory.windows[0].origin_step
+        raise TrajectoryError(f"{trajectory.folder} begins at step {begun}, and knows nothing of step {step}")
+    held = trajectory.of_window(numbers[-1])
+    last = max((one for one in held.steps if one <= step), default=held.record.origin_step)
+    jumped = held.record.jump is not None or held.record.undone
+    return held, last, jumped and last == held.record.origin_step
 
 
 def window_holding(trajectory: Trajectory, step: int, after_jump: bool = False) -> Trajectory:

@@ -32,6 +32,7 @@ class RowCodec:
         encode: (state, new weights) -> increment; it has `changed`, the number of elements that changed.
         advance: (state, increment) -> None, in place.
         dots: (increments, numel, device) -> the new row of H, (t,).
+        products: (increments, numel, numbers of some of them) -> the row of H of each of those, when all are there.
         take: (state, new weights, rows before, room) -> (increment, the new row of H, `changed`): the two at once.
         error_bound: (increment) -> how far an element of the state can be from the weights after it.
         sizes: (elements of each shard) -> elements of each field of their increments together and their type, where they
@@ -42,6 +43,7 @@ class RowCodec:
     encode: Callable[..., Any]
     advance: Callable[..., None]
     dots: Callable[..., torch.Tensor]
+    products: Callable[..., list[torch.Tensor]]
     take: Callable[..., tuple[Any, torch.Tensor, int]]
     error_bound: Callable[..., float]
     sizes: Callable[[Sequence[int]], dict[str, tuple[int, torch.dtype]]]
@@ -185,6 +187,7 @@ def _quantized(quantization: str) -> Kind:
             encode=partial(quantized.encode, bits=bits),
             advance=compiled(quantized.advance, "quantized"),
             dots=quantized.dots,
+            products=quantized.products,
             take=compiled(quantized.take, "quantized", bits=bits),
             error_bound=quantized.error_bound,
             sizes=partial(quantized.sizes, bits=bits),
@@ -220,6 +223,7 @@ _BF16 = Kind(
         encode=sparse.encode,
         advance=compiled(sparse.advance, "sparse"),
         dots=sparse.dots,
+        products=compiled(sparse.products, "entries"),
         take=compiled(sparse.take, "sparse"),
         error_bound=lambda increment: 0.0,
         sizes=lambda numels: {},  # known when the changes are

@@ -11,7 +11,9 @@ from relex_verl.maths.window import Window
 from relex_verl.trajectory.encodings.fitting import check_fits
 from relex_verl.trajectory.hf_checkpoint import BaseCheckpoint
 from relex_verl.trajectory.index import TrajectoryError, step_ranges
+from relex_verl.trajectory.kernels import WORTH, load
 from relex_verl.trajectory.kinds import Kind, RowCodec
+from relex_verl.trajectory.parallel import all_processors, in_order
 from relex_verl.trajectory.shards import Placement, TensorShard
 from relex_verl.trajectory.store import Trajectory
 
@@ -78,6 +80,8 @@ def increment_gram(trajectory: Trajectory, cut: int | None = None) -> torch.Tens
 def gram_rows(trajectory: Trajectory, cut: int | None = None) -> list[torch.Tensor]:
     """The rows of H's lower triangle, see `maths.gram`, summed over the ranks.
 
+    Those of rows that were recorded without it are formed here, of the increments: a product for each pair of steps.
+
     Raises:
         TrajectoryError: it is a sketch.
     """
@@ -88,9 +92,41 @@ def gram_rows(trajectory: Trajectory, cut: int | None = None) -> list[torch.Tens
     for rank in range(trajectory.index.world_size):
         placements = trajectory.placements(rank)
         where = torch.tensor([position[name] for name in placements], dtype=torch.int64)
-        for row, step in zip(rows, steps, strict=True):
-            row[where] += trajectory.load(rank, step).arrays["gram_row"]
+        recorded = []
+        for t, step in enumerate(steps):
+            own_lt = trajectory.load(rank, step).arrays["gram_row"]
+            if own_lt.shape[1]:
+                rows[t][where] += own_lt
+            else:
+                recorded.append(t)
+        for i, products in enumerate(_products(trajectory, rank, steps, recorded)):
+            for t, product_t in zip(recorded, products, strict=True):
+                rows[t][where[i]] += product_t
     return rows
+
+
+def _products(
+    trajectory: Trajectory, rank: int, steps: Sequence[int], recorded: Sequence[int]
+) -> Iterator[list[torch.Tensor]]:
+    """Rows of H of each tensor of a rank, (t + 1,) for each number t of a step."""
+    if not recorded:
+        return
+    codec, packed = trajectory.row_codec(), [trajectory.stored(rank, step) for step in steps]
+
+    def increments() -> Iterator[tuple[list[Any], int]]:
+        for i, (name, placement) in enumerate(trajectory.placements(rank).items()):
+            parts = [step.increment(i) for step in packed]
+            _check_parts(trajectory, rank, name, parts, placement.numel, trajectory.kind.of(name))
+            yield parts, placement.numel
+
+    def rows(of: tuple[list[Any], int]) -> list[torch.Tensor]:
+        parts, numel = of
+        return codec.products(parts, numel, recorded)
+
+    if trajectory.elements * len(recorded) >= WORTH:
+        load()
+    with all_processors() as threads:
+        yield from in_order(rows, increments(), threads)
 
 
 def histories(

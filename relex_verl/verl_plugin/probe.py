@@ -64,6 +64,9 @@ class Probe:
             raise ValueError("no validation sample came back")
         if metric is None:
             metric = core_metric(metrics, self.first_source)
+        if metric is None:
+            source = self.first_source
+            raise ValueError(f"verl has no core metric of data source {source!r} among {sorted(metrics)}")
         if metric not in metrics:
             raise ValueError(f"relex.score_metric={metric} is not among the validation metrics {sorted(metrics)}")
         source, variable = metric.split("/", 1)[1].rsplit("/", 2)[:2]
@@ -98,18 +101,11 @@ class Probe:
         return dict(by_prompt), dict(rows)
 
 
-def core_metric(metrics: Mapping[str, float], source: str) -> str:
-    """verl's core metric of a data source: the mean of "acc" where that source has it, else of "reward".
-
-    Raises:
-        ValueError: there is none.
-    """
+def core_metric(metrics: Mapping[str, float], source: str) -> str | None:
+    """verl's core metric of a data source: the mean of "acc" where that source has it, else of "reward"; None for none."""
     # A source may have slashes in its name, and one may begin like another.
     pattern = re.compile(rf"val-core/{re.escape(source)}/(acc|reward)/mean@\d+")
-    core = [name for name in metrics if pattern.fullmatch(name)]
-    if not core:
-        raise ValueError(f"verl has no core metric of data source {source!r} among {sorted(metrics)}")
-    return core[0]
+    return next((name for name in metrics if pattern.fullmatch(name)), None)
 
 
 @contextmanager

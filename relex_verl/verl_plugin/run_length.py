@@ -35,7 +35,7 @@ def check_length(relex: RelexConfig, config: DictConfig) -> None:
         ConfigError: they cannot fit, or the length is none.
     """
     length = known_length(config)
-    if length is None:
+    if length is None or relex.t_cut is None:
         return
     rows = max(METHODS[method].min_rows for method in relex.methods)
     if length.most <= rows:

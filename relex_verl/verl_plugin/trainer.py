@@ -15,7 +15,7 @@ from relex_verl.run.callback import RelexCallback
 from relex_verl.run.protocol import Weights
 from relex_verl.run.validation import Validation
 from relex_verl.verl_plugin import leftovers
-from relex_verl.verl_plugin.probe import Probe, deadline, same_random_state
+from relex_verl.verl_plugin.probe import Probe, core_metric, deadline, same_random_state
 from relex_verl.verl_plugin.rollout_calls import RolloutCalls
 from relex_verl.verl_plugin.rows import WatchedRows
 from relex_verl.verl_plugin.settings import checked_config, run_facts
@@ -194,6 +194,9 @@ class _RelexTrainerMixin:
         self._relex_lost = leftovers.settle(SETTLE_SECONDS, self._relex_lost)
         with leftovers.left_out(self.replay_buffer, self._relex_lost):
             metrics: dict[str, float] = super()._validate()  # type: ignore[misc]
+        if self._relex_probe is None:  # the policy's own weights
+            source = str(self.val_dataset[0].get("data_source", "unknown")) if len(self.val_dataset) else ""
+            self.relex.on_validated(self.global_steps, metrics, core_metric(metrics, source))
         return metrics
 
     def _maybe_log_val_generations(self, inputs: list[str], outputs: list[str], scores: list[float]) -> None:

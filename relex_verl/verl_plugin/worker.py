@@ -43,9 +43,15 @@ class _RelexWorkerMixin:
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     @answers
-    def relex_open(self, step: int) -> Opened:
+    def relex_open(self, step: int, recording: bool = False) -> Opened:
         """See `RelexRank.open`."""
-        return self._relex.open(step)
+        return self._relex.open(step, recording)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @answers
+    def relex_record(self) -> None:
+        """See `RelexRank.record`."""
+        self._relex.record()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     @answers
@@ -101,6 +107,12 @@ class _RelexWorkerMixin:
     def relex_write(self, prediction: Prediction, folder: Path, provenance: dict[str, Any]) -> None:
         """See `RelexRank.write`."""
         self._relex.write(prediction, folder, provenance)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @answers
+    def relex_keep(self, folder: Path, provenance: dict[str, Any]) -> None:
+        """See `RelexRank.keep`."""
+        self._relex.keep(folder, provenance)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     @answers

@@ -53,6 +53,8 @@ def starts(base: Path, folder: Path, relex: dict[str, Any], optimizer_on_host: b
     """Start a run up to the point where it has taken theta_0: what it says of its cost."""
     targets = {} if relex.get("on_cut") == "jump" else {"targets": [100, 200]}
     node = {"output_dir": str(folder), **targets, "methods": METHODS, **relex}
+    if node.get("t_cut", 1) is None:
+        del node["targets"], node["methods"]
     callback = RelexCallback(RelexConfig.from_mapping(node), RunFacts(str(base), "p", "e"))
     workers = Workers(base, optimizer_on_host)
     callback.on_length_known(TOTAL)
@@ -64,13 +66,17 @@ def options(base: Path, relex: dict[str, Any], **others: Any) -> list[Any]:
     """Of `plan`, for that run."""
     sizes = [tensor.numel() for tensor in weights_of(base).values()]
     given = {"params": sum(sizes), "tensors": len(sizes), "ranks": 1, "targets": 2 * len(METHODS), **relex, **others}
+    given |= {"steps": TOTAL} if "record" in relex else {}
     return [part for key, value in given.items() for part in (f"--{key.replace('_', '-')}", value)]
 
 
 JUMP = {"on_cut": "jump", "t_cut": 20}
 
 
-@pytest.mark.parametrize(("encoding", "relex"), [*ENCODED.items(), ("fp32-int8", JUMP)])
+RECORDED = {"trajectory": "bf16", "t_cut": 75, "record": "run"}
+
+
+@pytest.mark.parametrize(("encoding", "relex"), [*ENCODED.items(), ("fp32-int8", JUMP), ("bf16", RECORDED)])
 def test_the_run_takes_what_plan_says_to_the_byte(
     encoding: str, relex: dict[str, Any], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,12 +89,22 @@ def test_the_run_takes_what_plan_says_to_the_byte(
         limit(monkeypatch, memory=memory - less_memory, disk=disk - less_disk)
         if not less_memory + less_disk:
             assert (answer["admitted"], answer["refusal"]) == (True, None)
-            assert f"{planned['observed_steps']} rows of {encoding}" in starts(base, tmp_path, relex)
+            more = f" and {planned['steps_on_disk_alone']} more, on disk alone," if "record" in relex else ""
+            assert f"{planned['observed_steps']} rows{more} of {encoding}" in starts(base, tmp_path, relex)
             continue
         assert answer["admitted"] is False
         with pytest.raises(RuntimeError) as caught:
             starts(base, tmp_path, relex)
         assert str(caught.value).replace(f"relex.output_dir={tmp_path}", "relex.output_dir") == answer["refusal"]
+
+
+def test_what_is_only_recorded_is_planned(base: Path, tmp_path: Path) -> None:
+    relex = {"trajectory": "bf16", "record": "run"}
+    planned = json_of("plan", *options(base, relex))
+    assert (planned["observed_steps"], planned["steps_on_disk_alone"], planned["disk_predictions"]) == (0, TOTAL, 0)
+    assert "0 rows and 200 more, on disk alone, of bf16" in starts(base, tmp_path, {**relex, "t_cut": None})
+    assert "--record run: give --steps" in call("plan", "--params", "8e9", "--record", "run").stderr
+    assert "relex.t_cut=None: without a cut" in call("plan", "--params", "8e9").stderr
 
 
 def test_every_encoding_is_planned() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -18,6 +19,29 @@ def test_info_and_checkout(finished, tmp_path):
     assert "random walk" in call("info", finished / "trajectory").stdout
     assert json_of("checkout", finished / "trajectory", "--step", 4, "--out", tmp_path / "c")["max_error"] == 0
     assert same(tmp_path / "c", finished / "run/global_step_4")
+
+
+def test_the_best_step_is_checked_out(finished, tmp_path):
+    """By the scores beside the trajectory: the highest, the earliest of equal ones, the last observed up to it."""
+    shutil.copytree(finished / "trajectory", tmp_path / "run/trajectory")
+    command = ("checkout", tmp_path / "run/trajectory", "--best", "--out", tmp_path / "c")
+    assert "no validation of this run has a metric to decide by" in refused(*command)
+    one, other = "val-core/a/acc/mean@1", "val-core/b/acc/mean@1"
+    scores = {0: (0.1, 0.9), 2: (0.5, 0.2), 4: (0.7, 0.3), 5: (0.7, 0.95), 6: (0.6, 0.1)}
+    lines = [{"step": n, "metric": one, "metrics": {one: a, other: b}} for n, (a, b) in scores.items()]
+    (tmp_path / "run/validations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = json_of(*command)
+    assert (found["step"], found["best"]) == (4, {"step": 4, "metric": one, "score": 0.7})
+    assert same(tmp_path / "c", finished / "run/global_step_4")
+    facts = json.loads((tmp_path / "c/relex.json").read_text())
+    assert (facts["metric"], facts["score"]) == (one, 0.7)
+    said = call(*command, "--metric", other).stdout.split("\n")
+    assert said[0] == f"best: step 5, {other} 0.95"
+    assert said[1].startswith("step 5 was not observed; step 4 is the last before it that was")
+    assert "score" not in json.loads((tmp_path / "c/relex.json").read_text())
+    assert "has val-core/c/acc/mean@1; there: val-core/a" in refused(*command, "--metric", "val-core/c/acc/mean@1")
+    assert "leave out --step" in refused(*command, "--step", 4)
+    assert "give --step N, or --best" in refused(*command[:2], "--out", tmp_path / "c")
 
 
 @pytest.mark.parametrize("command", ["checkout", "reconstruct"])

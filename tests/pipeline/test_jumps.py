@@ -18,7 +18,7 @@ from relex_verl.pipeline.collectives import PeerError
 from relex_verl.pipeline.observer import Observer
 from relex_verl.pipeline.prediction import extrapolate, predicted_tensors
 from relex_verl.trajectory import replay
-from relex_verl.trajectory.holding import window_holding
+from relex_verl.trajectory.holding import last_before, window_holding
 from relex_verl.trajectory.index import TrajectoryError
 from relex_verl.trajectory.kinds import KINDS
 from relex_verl.trajectory.store import Trajectory
@@ -46,6 +46,11 @@ def check(folder: Path, script: Script) -> None:
         for shard in replay.origins(window):
             assert torch.equal(shard.data, part(history.gone_on[record.origin_step], shard))
         assert all(window_holding(trajectory, step).number == number for step in record.steps)
+        known = [record.origin_step, *record.steps]
+        for step, following in zip(known, [*record.steps, known[-1] + 1], strict=True):
+            held, last, after = last_before(trajectory, following - 1)
+            if held.number == number:  # else another window begins in between
+                assert (last, after) == (step, begun != "plain" and step == record.origin_step)
         if begun != "plain":
             assert window_holding(trajectory, record.origin_step, after_jump=True).number == number
         if record.steps:

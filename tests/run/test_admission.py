@@ -148,7 +148,8 @@ def rank_of(base: Path, folder: Path, rank: int = 0, world: int = 1, **relex: An
     schedule = Schedule(config, 20)
     engine = Engine(DriftingModel(weights_of(base)), rank, world)
     predictions = predictions_to_write(len(schedule.predictions))
-    setup = Setup(config, schedule.plans, predictions, folder, RunFacts(str(base), "p", "e"))
+    facts = RunFacts(str(base), "p", "e")
+    setup = Setup(config, schedule.plans, predictions, folder, facts, schedule.recordings)
     return RelexRank(setup, engine), engine
 
 

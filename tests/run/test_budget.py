@@ -87,3 +87,12 @@ def test_a_run_that_jumps_takes_a_prediction_in_memory_and_on_disk_what_undoes_i
     jumps = replace(plain, jump=True)
     assert jumps.memory(1000) - plain.memory(1000) == 4 * 1000
     assert jumps.trajectory(1000) - plain.trajectory(1000) == 16 * 1000
+
+
+def test_what_is_recorded_takes_disk_and_one_row_of_memory() -> None:
+    cut = workload("fp32-none", 10, tensors=7)
+    recorded = replace(cut, recorded=90)
+    assert recorded.memory(1000) == cut.memory(1000)
+    assert recorded.trajectory(1600) == cut.trajectory(1600) + 90 * 4 * 1600
+    alone = workload("bf16", 0, tensors=7, change_rate=0.5, recorded=100)
+    assert (alone.memory(1000), alone.trajectory(1000)) == (1000 * (2 + 2), 100 * 1000 * 2)

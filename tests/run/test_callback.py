@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from stand_ins import CUT, METRIC, Host, Workers, config, report, started, train
+from stand_ins import CUT, METRIC, STEPS, Host, Workers, config, report, started, train
 from wandb_mock import WandbMock
 
 from relex_verl.run.callback import RelexCallback
@@ -430,3 +430,50 @@ def test_length_unknown_to_the_configuration_is_checked_when_verl_knows_it(tmp_p
         callback.on_length_known(20)
     with pytest.raises(ConfigError, match=r"relex\.targets=3.*not after the cut at 4"):
         RelexCallback(*config(tmp_path, targets=[3])).on_length_known(20)
+
+
+def test_a_run_is_recorded_after_its_last_cut_and_goes_on_so(tmp_path: Path) -> None:
+    """To the last step; from verl's checkpoint again without the rows in memory, and behind a cut that is not made again."""
+    callback, workers = started(tmp_path, record="run", recut_every=30)
+    train(callback, 1, CUT)
+    callback.on_rollout_ready(CUT, Host(LOSES))
+    assert (callback.active, callback.wants_scores, workers.recording) == (True, False, True)
+    train(callback, CUT + 1, 12)
+    assert workers.steps == list(range(1, 13))
+    assert "relex_stop" not in workers.calls
+    for step in (10, 2):  # killed after the cut, and before it
+        resumed, workers = started(tmp_path, Workers(tmp_path), step=step, record="run", recut_every=30)
+        assert workers.recording == (step == 10)
+        train(resumed, step + 1, CUT if step < CUT else STEPS)
+    resumed.on_rollout_ready(CUT, Host(LOSES))
+    train(resumed, CUT + 1, STEPS)
+    assert workers.steps == list(range(1, STEPS + 1))
+    resumed.on_train_end()
+    assert not resumed.active
+
+
+def test_a_run_without_a_cut_is_only_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "relex_verl")
+    node = {"t_cut": None, "record": "run", "targets": [1.0], "observe_every": 3}
+    callback, workers = started(tmp_path, **node)
+    assert workers.setup.predictions == 0
+    assert workers.recording
+    train(callback, 1, STEPS)
+    assert workers.steps == [3, 6, 9, 12, 15, 18, 20]
+    callback.on_train_end()
+    assert "the run is recorded in" in caplog.text
+    assert "relex_fit" not in workers.calls
+    failing = Workers(tmp_path, fails="relex_observe")
+    resumed, _ = started(tmp_path, failing, step=9, **node)
+    train(resumed, 10, STEPS)
+    assert (resumed.active, failing.calls.count("relex_observe"), failing.calls[-1]) == (False, 1, "relex_stop")
+
+
+def test_the_last_window_of_a_run_that_jumps_is_recorded(tmp_path: Path) -> None:
+    callback, workers = started(tmp_path, on_cut="jump", max_jumps=1, jump_undo=False, record="run")
+    train(callback, 1, CUT)
+    callback.on_rollout_ready(CUT, Host({CUT: 0.5, 6: 0.9}))
+    assert workers.jumps
+    assert workers.recording
+    train(callback, CUT + 1, STEPS)
+    assert workers.steps[-1] == STEPS

@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from relex_verl.maths.extrapolators import METHODS
 from relex_verl.run.config import ConfigError, Plan, RelexConfig
-from relex_verl.run.plan import following
+from relex_verl.run.plan import following, recording
 from relex_verl.trajectory.kinds import AUTO_ROWS, KINDS
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -47,6 +47,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(key, value, hint):
     ("key", "values"),
     [
         ("t_cut", [0, 0.0, -1, -0.1, NAN, "40", None, True, [40]]),
+        ("record", ["all", None, True]),
         ("targets", [[], 60, "60", {"a": 60}, None, [0], [-5], [NAN], ["60"], [None], [True], [60, 0]]),
         ("trajectory", ["fp16", "", None, 32, "BF16"]),
         ("quantization", ["int2", None, 8]),
@@ -275,3 +276,32 @@ def test_a_window_too_short_for_the_methods_is_refused() -> None:
     config = RelexConfig.from_mapping({"on_cut": "jump", "t_cut": 30, "window": 2, "observe_every": 2})
     with pytest.raises(ConfigError, match=r"relex\.window=2: leaves 1 observed steps"):
         config.plan(100)
+
+
+def test_a_run_is_recorded_to_its_last_step() -> None:
+    config = RelexConfig.from_mapping({"record": "run", "t_cut": 45, "trajectory": "bf16"})
+    rows = recording(config, 300, config.kind)
+    assert (rows.observe_every, rows.rows_after(0), rows.rows_after(45), rows.rows_after(300)) == (1, 300, 255, 0)
+    assert [step for step in range(302) if rows.observes(step)][-3:] == [298, 299, 300]
+    fp32 = KINDS["fp32-int8"]  # as densely as up to the cut; without a cut as for the usual one
+    for t_cut in (45, 0.15, None):
+        config = RelexConfig.from_mapping({"record": "run", "t_cut": t_cut})
+        assert recording(config, 300, fp32).observe_every == fp32.spacing(45) == 3
+    rare = recording(RelexConfig.from_mapping({"record": "run", "observe_every": 7}), 30, fp32)
+    assert [step for step in range(1, 40) if rare.observes(step)] == [7, 14, 21, 28, 30]
+    assert recording(RelexConfig(), 300, fp32) is None
+
+
+@pytest.mark.parametrize(
+    ("node", "says"),
+    [
+        ({"trajectory": "sketch"}, "relex.record='run': a sketch keeps no single row"),
+        ({"record": "window", "t_cut": None}, "relex.t_cut=None: without a cut there is nothing to do but to record"),
+        ({"t_cut": None, "on_cut": "jump"}, "relex.on_cut='jump': only a cut reads it, and relex.t_cut=null"),
+        ({"t_cut": None, "targets": [60]}, "relex.targets=[60]: only a cut reads it"),
+        ({"t_cut": None, "rank": 2}, "relex.rank=2: only a cut reads it"),
+    ],
+)
+def test_what_cannot_be_recorded(node, says) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        RelexConfig.from_mapping({"record": "run", **node})

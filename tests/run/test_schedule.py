@@ -47,15 +47,16 @@ def test_each_kind_has_its_own_rows() -> None:
 
 def test_a_cut_whose_step_the_run_skips_is_at_the_next(caplog: pytest.LogCaptureFixture) -> None:
     of = schedule(targets=[5, 20])
-    assert of.reach(3).t_cut == of.reach(4).t_cut == 4
-    assert caplog.text == ""
-    late = of.reach(6)
-    assert late.observes(6)
-    assert (late.t_cut, late.targets, of.saved) == (6, [20], 14)
+    assert of.observes(3)
+    assert of.observes(4)
+    assert (of.plan.t_cut, caplog.text) == (4, "")
+    assert of.observes(6)
+    assert (of.plan.t_cut, of.plan.targets, of.saved) == (6, [20], 14)
     assert "has skipped step 4" in caplog.text
     assert of.following().t_cut > 6
     last = schedule(t_cut=19)
-    assert last.reach(20).t_cut == 19  # nothing is left to be saved
+    assert not last.observes(20)
+    assert last.plan.t_cut == 19  # nothing is left to be saved
 
 
 def test_predictions_of_the_coming_cut() -> None:

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relex_verl.trajectory.encodings import PackedStep, moments, quantized, sparse
+from relex_verl.trajectory.kernels import entries
 from relex_verl.trajectory.kernels import moments as compiled_moments
 from relex_verl.trajectory.kernels import quantized as compiled_quantized
 from relex_verl.trajectory.kernels import sparse as compiled_sparse
@@ -66,6 +67,9 @@ def follow(kind: Kind, module: ModuleType, states: list[torch.Tensor]) -> list[t
     parts = [row.increment for row in rows]
     anchor = state if kind.rows.anchor_is_last else anchor
     dtypes = (torch.bfloat16, torch.float16, torch.float64)
+    if kind.name == "bf16":  # those of all rows but the first, as after a cut
+        form = entries.products if module is compiled_sparse else sparse.products
+        found += form(parts, len(state), [1, 2])
     return found + [module.accumulate(anchor, parts, WEIGHTS, dtype) for dtype in dtypes]
 
 

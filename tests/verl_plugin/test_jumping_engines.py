@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from fakes import tiny_base
 from pipeline import on_two_ranks
+from safetensors.torch import load_file
 from test_engines import QUICKSTART, STRATEGIES, copied, engine_of, full_parameters, optimize
 
 from relex_verl.maths.extrapolators import Prediction
@@ -78,6 +79,17 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+def is_in(folder: Path, weights: dict[str, torch.Tensor]) -> bool:
+    """Whether a checkpoint has these weights, rounded to its own types."""
+    written: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        written |= load_file(file)
+    return weights.keys() <= written.keys() and all(
+        torch.equal(written[name].flatten(), tensor.flatten().to(written[name].dtype))
+        for name, tensor in weights.items()
+    )
+
+
 def jumped(root: Path, case: str) -> dict[str, Any]:
     """A jump, training from there, and its undoing; then the same start again, killed after the jump and resumed."""
     out = root / f"{case}-{dist.get_world_size()}"
@@ -90,7 +102,9 @@ def jumped(root: Path, case: str) -> dict[str, Any]:
     after, weights = state_of(first), weights_of(first)
     train(first, rank, CUT + 1, LATER)
     trained = state_of(first)
+    rank.keep(out / f"best-step_{LATER}", {"step": LATER})
     seen = {
+        "kept": is_in(out / f"best-step_{LATER}", weights_of(first)) and same(state_of(first), trained),
         "distance": distance,
         "weights": weights,
         "optimizer kept": same(*({n: t for n, t in one.items() if n.startswith("state")} for one in (before, after))),
@@ -170,6 +184,7 @@ def test_a_jump_is_the_offline_prediction_and_can_be_undone_and_made_again(
         assert seen["distance"] > 0
         assert seen["optimizer kept"]
         assert seen["undone"]
+        assert seen["kept"]
         origins = [(window["origin_step"], window["undone"]) for window in seen["windows"]]
         assert origins == [(0, False), (CUT, False), (LATER, True)]
         assert seen["windows"][1]["jump"]["target"] == PREDICTION.target

@@ -87,8 +87,9 @@ def test_sources_with_slashes_are_told_apart() -> None:
     }
     assert core_metric(metrics, "openai/gsm8k") == "val-core/openai/gsm8k/acc/mean@4"
     assert core_metric(metrics, "openai") == "val-core/openai/acc/mean@4"
+    assert core_metric(metrics, "gsm8k") is None
     with pytest.raises(ValueError, match="no core metric of data source 'gsm8k'"):
-        core_metric(metrics, "gsm8k")
+        probe_of([("a", "1", "gsm8k", {"acc": 1.0})], first="gsm8k").validation(metrics, None, 1.0)
     probe = probe_of([("a", "1", "openai/gsm8k", {"acc": 1.0})], first="openai/gsm8k")
     assert probe.validation(metrics, None, 1.0).samples == {"a": [1.0]}
 

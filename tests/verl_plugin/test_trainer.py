@@ -231,6 +231,14 @@ def test_late_answers_of_a_given_up_validation_are_gone_before_the_next(
     monkeypatch.setattr(PPOTrainer, "_validate", lambda self: log.append("validate") or {METRIC: 0.5})
     queue.tags["val"] = {"u": {"status": "finished"}, "u_0_0": {"status": "success"}}
     assert host._validate() == host._validate() == {METRIC: 0.5}
+    assert host.relex.validated == [(4, {METRIC: 0.5}, METRIC)] * 2
+    host.val_dataset = [{"data_source": "other"}]
+    assert host._validate() == {METRIC: 0.5}
+    assert host.relex.validated[-1] == (4, {METRIC: 0.5}, None)
+    host._relex_probe = object()  # a candidate's are not the run's own
+    host._validate()
+    assert len(host.relex.validated) == 3
+    del log[3:]
     assert log == ["clear val ['u', 'u_0_0']", "validate", "validate"]
 
 

@@ -15,7 +15,9 @@ import torch
 from relex_verl.maths.sums import in_lanes, tree
 from relex_verl.trajectory.encodings.packed import Row
 
-__all__ = ["GROUP", "QuantizedIncrement", "accumulate", "advance", "dots", "encode", "error_bound", "sizes", "take"]
+__all__ = [
+    "GROUP", "QuantizedIncrement", "accumulate", "advance", "dots", "encode", "error_bound", "products", "sizes", "take",
+]  # fmt: skip
 
 # Groups of 32 with 2-byte scales take as much room and are no more exact: Adam's changes have no tails.
 GROUP = 64
@@ -173,6 +175,11 @@ def _group_products(
     groups = slice(start // GROUP, -(-stop // GROUP))
     scales_Tg = torch.stack([increment.scale[groups] for increment in increments]).to(device).double()
     return products_Tg.double() * (scales_Tg * scales_Tg[-1])
+
+
+def products(increments: Sequence[QuantizedIncrement], numel: int, wanted: Sequence[int]) -> list[torch.Tensor]:
+    """Rows of H, of increments that all are there: (t + 1,) for each wanted number t of one, as `dots` gives it."""
+    return [dots(increments[: t + 1], numel) for t in wanted]
 
 
 def take(

@@ -15,7 +15,7 @@ import torch
 
 from relex_verl.trajectory.encodings.packed import Row
 
-__all__ = ["BLOCK", "SparseIncrement", "accumulate", "advance", "dots", "encode", "take"]
+__all__ = ["BLOCK", "SparseIncrement", "accumulate", "advance", "dots", "encode", "products", "take"]
 
 BLOCK = 65_536
 # Work is done over this many elements at a time: its float64 scratch (32 MiB) stays near the caches, and no temporary
@@ -196,6 +196,11 @@ def dots(increments: Sequence[SparseIncrement], numel: int, device: torch.device
         for block_T in sums.view(len(increments), blocks).unbind(1):
             row_T += block_T
     return row_T.cpu()
+
+
+def products(increments: Sequence[SparseIncrement], numel: int, wanted: Sequence[int]) -> list[torch.Tensor]:
+    """Rows of H, of increments that all are there: (t + 1,) for each wanted number t of one, as `dots` gives it."""
+    return [dots(increments[: t + 1], numel) for t in wanted]
 
 
 def take(

@@ -22,7 +22,7 @@ def compiled(reference: Callable[..., Any], module: str, **fixed: Any) -> Callab
     """A function of an encoding, by its kernel where there is one for these arguments.
 
     Args:
-        reference: whose first argument is a shard, or some other flat tensor of as many elements.
+        reference: whose first argument is a shard, or some other flat tensor of as many elements; a list never loads them.
         module: of this package; its function of the same name may return NotImplemented.
         fixed: further arguments of both.
     """
@@ -52,7 +52,7 @@ def load() -> bool:
     """Use the kernels from now on, for shards of any size; False where they cannot be had."""
     if not (_state["loaded"] or _state["refused"]):
         try:
-            for module in ("moments", "quantized", "sparse"):
+            for module in ("entries", "moments", "quantized", "sparse"):
                 import_module(f"{__name__}.{module}")
             _state["loaded"] = True
         except Exception as error:

@@ -4,27 +4,31 @@
 Threads take some blocks each, and a block's part of the row of H is a sum of its own: they do not show.
 """
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
 from relex_verl.trajectory.encodings.packed import Row
 from relex_verl.trajectory.encodings.sparse import BLOCK, SparseIncrement
 from relex_verl.trajectory.kernels.arrays import Array, addresses, readable, rows_before, words
-from relex_verl.trajectory.kernels.compile import at, float_of, kernel, word_of
+from relex_verl.trajectory.kernels.compile import kernel, word_of
+from relex_verl.trajectory.kernels.entries import (
+    BLOCKS,
+    entries_of,
+    exact_of,
+    exceptions_of,
+    product,
+    scratch,
+    starts_of,
+)
 from relex_verl.trajectory.parallel import share
 
 __all__ = ["accumulate", "advance", "take"]
 
-BLOCKS = 8  # that a thread takes at a time
 WORD = 4096  # weights that are compared in one go; where they differ is then looked at by sixteens
-COUNT, INDEX, VALUE, ODD_INDEX, ODD_OLD, ODD_NEW = range(6)  # columns of a table: the fields of an increment
 INFINITE = np.uint16(0x7F80)
-_LOCAL = threading.local()
 
 
 def take(state: torch.Tensor, new: torch.Tensor, before: Sequence[Row[SparseIncrement]], room: None = None) -> Any:
@@ -33,11 +37,11 @@ def take(state: torch.Tensor, new: torch.Tensor, before: Sequence[Row[SparseIncr
         return NotImplemented
     table, (now, shift), (old, _) = rows_before(before, 6), words(new), words(state)
     blocks = -(-len(old) // BLOCK)
-    starts = _starts(table, blocks)
+    starts = starts_of(table, blocks)
     counts, sums = np.zeros(blocks, np.int32), np.zeros((blocks, len(before) + 1))
 
     def look(part: int) -> tuple[Array, ...] | None:
-        bits, dense, *entries = _scratch()
+        bits, dense, *entries = scratch()
         last = min((part + 1) * BLOCKS, blocks)
         kept, odd = _take(old, now, shift, table, starts, part * BLOCKS, last, counts, sums, bits, dense, *entries)
         if kept < 0:
@@ -66,7 +70,7 @@ def advance(state: torch.Tensor, increment: SparseIncrement) -> Any:
         return NotImplemented
     table, (old, _) = addresses([increment]), words(state)
     blocks = -(-len(old) // BLOCK)
-    starts = _starts(table, blocks)
+    starts = starts_of(table, blocks)
     share(
         lambda part: _advance(old, table, starts, part * BLOCKS, min((part + 1) * BLOCKS, blocks)), -(-blocks // BLOCKS)
     )
@@ -84,77 +88,16 @@ def accumulate(
         return NotImplemented
     table, (begin, _), factors = addresses(increments), words(last), np.array(coefficients, np.float64)
     blocks = -(-len(begin) // BLOCK)
-    starts, predicted = _starts(table, blocks), torch.empty(last.shape, dtype=dtype)
+    starts, predicted = starts_of(table, blocks), torch.empty(last.shape, dtype=dtype)
 
     def fill(block: int) -> None:
-        _, total, *_ = _scratch()
+        _, total, *_ = scratch()
         part = predicted[block * BLOCK : (block + 1) * BLOCK]
         _accumulate(begin, table, starts, factors, block, total)
         part.copy_(torch.from_numpy(total)[: len(part)])
 
     share(fill, blocks)
     return predicted
-
-
-def _scratch() -> tuple[Array, ...]:
-    """This thread's: a bit and a change for each element of a block; entries, as many as `BLOCKS` can have, not in memory
-    before they are written."""
-    if not hasattr(_LOCAL, "arrays"):
-        most = BLOCKS * BLOCK
-        types = np.int16, np.int16, np.int64, np.int16, np.int16
-        _LOCAL.arrays = np.zeros(BLOCK // 64, np.uint64), np.empty(BLOCK), *(np.empty(most, one) for one in types)
-    return _LOCAL.arrays
-
-
-@kernel
-def _starts(table, blocks):
-    """(t, blocks + 1): how many regular entries come before each block."""
-    starts = np.zeros((len(table), blocks + 1), np.int64)
-    for row in range(len(table)):
-        counts = numba.carray(at(table[row, 0, COUNT]), (blocks,), np.int32)
-        for block in range(blocks):
-            starts[row, block + 1] = starts[row, block] + counts[block]
-    return starts
-
-
-@kernel
-def _entries(table, starts, row, block):
-    """A row's regular entries of a block: index and value."""
-    first, count = starts[row, block], starts[row, block + 1] - starts[row, block]
-    index = numba.carray(at(table[row, 0, INDEX] + 2 * first), (count,), np.uint16)
-    return index, numba.carray(at(table[row, 0, VALUE] + 2 * first), (count,), np.uint16)
-
-
-@kernel
-def _exceptions(table, row, block):
-    """A row's exceptions of a block: position in the shard, old and new."""
-    count = (table[row, 1, ODD_INDEX] - table[row, 0, ODD_INDEX]) // 8
-    position = numba.carray(at(table[row, 0, ODD_INDEX]), (count,), np.int64)
-    old = numba.carray(at(table[row, 0, ODD_OLD]), (count,), np.uint16)
-    new = numba.carray(at(table[row, 0, ODD_NEW]), (count,), np.uint16)
-    if not count:
-        return position, old, new
-    first, last = _first(position, block * BLOCK), _first(position, (block + 1) * BLOCK)
-    return position[first:last], old[first:last], new[first:last]
-
-
-@kernel
-def _first(ascending, value):
-    """How many are below a value."""
-    low, high = 0, len(ascending)
-    while low < high:
-        middle = (low + high) // 2
-        if ascending[middle] < value:
-            low = middle + 1
-        else:
-            high = middle
-    return low
-
-
-@kernel
-def _exact(bits):
-    """float64 of a bfloat16."""
-    return np.float64(float_of(np.uint32(np.uint32(bits) << np.uint32(16))))
 
 
 @kernel
@@ -197,11 +140,13 @@ def _take(
                     after = np.uint16(differing[i - start] ^ old[i])
                     if np.uint16(after & np.uint16(0x7FFF)) >= INFINITE:
                         return -1, 0
-                    change = _exact(after) - _exact(old[i])
+                    change = exact_of(after) - exact_of(old[i])
                     rounded = _rounded(word_of(np.float32(change)))
-                    exact = _exact(rounded)
+                    exact = exact_of(rounded)
                     # See `encodings.sparse._encode_chunk`.
-                    replays = np.float32(np.float32(_exact(old[i])) + np.float32(exact)) == np.float32(_exact(after))
+                    replays = np.float32(np.float32(exact_of(old[i])) + np.float32(exact)) == np.float32(
+                        exact_of(after)
+                    )
                     if exact == change and replays and exact != 0 and after != np.uint16(0x8000):
                         index[kept], value[kept] = np.int16(i - begin), np.int16(rounded)
                         kept += 1
@@ -222,18 +167,7 @@ def _take(
             total += change * change
         sums[block, len(table)] = total
         for row in range(len(table)):
-            total = 0.0
-            entries, changes = _entries(table, starts, row, block)
-            for k in range(len(entries)):
-                i = entries[k]
-                if (bits[i >> 6] >> np.uint64(i & 63)) & np.uint64(1):
-                    total += dense[i] * _exact(changes[k])
-            positions, olds, news = _exceptions(table, row, block)
-            for k in range(len(positions)):
-                i = positions[k] - begin
-                if (bits[i >> 6] >> np.uint64(i & 63)) & np.uint64(1):
-                    total += dense[i] * (_exact(news[k]) - _exact(olds[k]))
-            sums[block, row] = total
+            sums[block, row] = product(table, starts, row, block, bits, dense)
         bits[:] = 0
     return kept, odd
 
@@ -241,12 +175,12 @@ def _take(
 @kernel
 def _advance(old, table, starts, first, last):
     for block in range(first, last):
-        entries, changes = _entries(table, starts, 0, block)
+        entries, changes = entries_of(table, starts, 0, block)
         for k in range(len(entries)):
             i = block * BLOCK + entries[k]
-            after = np.float32(np.float32(_exact(old[i])) + np.float32(_exact(changes[k])))
+            after = np.float32(np.float32(exact_of(old[i])) + np.float32(exact_of(changes[k])))
             old[i] = _rounded(word_of(after))
-        positions, _, news = _exceptions(table, 0, block)
+        positions, _, news = exceptions_of(table, 0, block)
         for k in range(len(positions)):
             old[positions[k]] = news[k]
 
@@ -256,12 +190,12 @@ def _accumulate(last, table, starts, coefficients, block, total):
     """A block's theta_last + sum_t (w_t - 1) e_t."""
     begin, end = block * BLOCK, min((block + 1) * BLOCK, len(last))
     for i in range(begin, end):
-        total[i - begin] = _exact(last[i])
+        total[i - begin] = exact_of(last[i])
     for row in range(len(table)):
         coefficient = coefficients[row]
-        entries, changes = _entries(table, starts, row, block)
+        entries, changes = entries_of(table, starts, row, block)
         for k in range(len(entries)):
-            total[entries[k]] += coefficient * _exact(changes[k])
-        positions, olds, news = _exceptions(table, row, block)
+            total[entries[k]] += coefficient * exact_of(changes[k])
+        positions, olds, news = exceptions_of(table, row, block)
         for k in range(len(positions)):
-            total[positions[k] - begin] += coefficient * (_exact(news[k]) - _exact(olds[k]))
+            total[positions[k] - begin] += coefficient * (exact_of(news[k]) - exact_of(olds[k]))
