@@ -21,6 +21,8 @@ TYPICAL_CHANGE_RATES = (0.005, 0.01)
 # Bytes a parameter of a run that jumps: the prediction that the weights are set to, whole before the first one is set; on
 # disk theta_0 of the next window, and weights and optimizer state (of Adam) from before a jump.
 JUMP_MEMORY, JUMP_DISK = 4, 4 + 12
+# The same of a jump with a bound: the weights from before, while the policy is compared.
+BOUND_MEMORY = 4
 # Files of a sketch on disk at a time: the two that are kept, and the one being written.
 SKETCH_FILES = 3
 
@@ -39,6 +41,7 @@ class Workload:
         rows_held: rows that are in memory and on disk already, beside the state; None before theta_0 is taken.
         checkpoint: bytes of a predicted checkpoint, those of the base; None for all in bfloat16.
         jump: the weights may be set to a prediction, and set back.
+        bounded: the policy is compared before and after.
     """
 
     kind: Kind
@@ -50,6 +53,7 @@ class Workload:
     rows_held: int | None = None
     checkpoint: int | None = None
     jump: bool = False
+    bounded: bool = False
 
     @property
     def row_bytes(self) -> float:
@@ -64,8 +68,9 @@ class Workload:
     def memory(self, elements: int) -> int:
         """Host memory of a rank that holds so many parameters, at the cut."""
         gram = 2 * self.tensors * self.rows**2 * 8
-        prediction = JUMP_MEMORY * elements if self.jump else 0
-        return self._state_and_rows(elements, self.rows) + gram + prediction
+        prediction = JUMP_MEMORY if self.jump else 0
+        own = BOUND_MEMORY if self.bounded else 0
+        return self._state_and_rows(elements, self.rows) + gram + (prediction + own) * elements
 
     def memory_to_come(self, elements: int) -> int:
         """Of `memory`, what is still to be taken. G is made anew, of all rows."""

@@ -245,7 +245,7 @@ class RelexCallback:
         jumps = jumps_before(self.config, self.schedule, self._output)
         verdict = decide(host, self.config, self.plan, findings, self.schedule.alpha_share, jumps)
         if jumps is not None and not verdict.silent:  # if so, the run ends when the rollout is to get its weights back
-            verdict.jump = carry_out(self._ranks, self.config, step, verdict.advice)
+            carry_out(self._ranks, self.config, step, verdict, host)
         return verdict
 
     def _conclude(self, step: int, findings: Findings, verdict: Verdict, host: Host | None) -> dict[str, float]:

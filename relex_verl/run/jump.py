@@ -3,9 +3,11 @@
 import logging
 
 from relex_verl.maths.advice import Advice
+from relex_verl.maths.harm import judge_distance
 from relex_verl.run.config import RelexConfig
-from relex_verl.run.cut import Jumps
+from relex_verl.run.cut import Jumps, Verdict
 from relex_verl.run.output import OutputFolder
+from relex_verl.run.protocol import Host
 from relex_verl.run.ranks import Ranks
 from relex_verl.run.schedule import Schedule
 
@@ -27,22 +29,30 @@ def jumps_before(config: RelexConfig, schedule: Schedule, output: OutputFolder) 
     return Jumps(schedule.may_jump, last.t_cut, before)
 
 
-def carry_out(ranks: Ranks, config: RelexConfig, step: int, advice: Advice) -> dict[str, float]:
+def carry_out(ranks: Ranks, config: RelexConfig, step: int, verdict: Verdict, host: Host) -> None:
     """Jump, undo the last jump, or train on; in any case a window begins. The rollout's weights are not touched.
 
     Args:
         ranks: all of them.
         config: the `relex` node.
         step: the training step just done.
-        advice: of the cut at this step.
-
-    Returns:
-        `relex/jump/...`: whether it was made, or one undone; of one that was made its target, how many steps that is ahead,
-        the gain on the deciding half of the prompts, and the distance in the space of all weights.
+        verdict: of the cut at this step. Gets `relex/jump/...`: whether it was made, or one undone; of one that was made its
+            target, how many steps that is ahead, the gain on the deciding half of the prompts, and the distance in the space
+            of all weights. With `relex.jump_kl_max` also the KL; a jump beyond it becomes advice to keep training.
+        host: the trainer; its rollout may be asleep afterwards.
 
     Raises:
         RelexError: a rank failed. Then no weight has been set, or all ranks have set theirs.
     """
+    if verdict.advice.action == "jump" and config.jump_kl_max is not None:
+        host.relex_rest()  # a forward pass of the engine wants the device for itself, as verl's own does
+        kl: float = ranks.ask("relex_kl", step, verdict.advice.target)
+        verdict.advice = judge_distance(verdict.advice, kl, config.jump_kl_max)
+        verdict.jump["relex/jump/kl"] = kl
+    verdict.jump |= _act(ranks, config, step, verdict.advice)
+
+
+def _act(ranks: Ranks, config: RelexConfig, step: int, advice: Advice) -> dict[str, float]:
     flat = {"relex/jump/made": float(advice.action == "jump"), "relex/jump/undone": float(advice.action == "undo")}
     if advice.action == "undo":
         ranks.ask("relex_undo", step)

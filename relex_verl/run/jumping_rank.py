@@ -5,15 +5,17 @@ back to the jump: so it is written first, and only then are the weights set. Up 
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from relex_verl.maths.extrapolators import Prediction
+from relex_verl.maths.harm import token_kl
 from relex_verl.pipeline.observer import Observer
 from relex_verl.pipeline.prediction import predicted_tensors
-from relex_verl.run.protocol import JumpingEngine
+from relex_verl.run.protocol import JumpingEngine, Samples
 from relex_verl.trajectory.files import stream_tensors
 from relex_verl.trajectory.shards import ShardSource, TensorShard
 
@@ -23,7 +25,14 @@ __all__ = ["JumpingRank"]
 class JumpingRank:
     """What a rank does at the cuts of a run that jumps."""
 
-    def __init__(self, engine: JumpingEngine, observer: Observer, source: ShardSource, folder: Path) -> None:
+    def __init__(
+        self,
+        engine: JumpingEngine,
+        observer: Observer,
+        source: ShardSource,
+        folder: Path,
+        samples: Samples | None = None,
+    ) -> None:
         """Nothing is read or written yet.
 
         Args:
@@ -31,9 +40,48 @@ class JumpingRank:
             observer: of this rank, once it is open.
             source: the engine's float32 weights.
             folder: for weights and optimizer state from before a jump; those of the last one are kept.
+            samples: to compare the policy before and after, where jumps have a bound.
         """
         self._engine, self._observer, self._source = engine, observer, source
         self._kept = folder / f"rank_{observer.ranks.rank:05d}.safetensors"
+        self._samples, self._sampled = samples, folder / f"samples_{observer.ranks.rank:05d}.pt"
+
+    def keep_samples(self, step: int) -> None:
+        """Where jumps have a bound, keep the samples of a cut: a run that is killed before its jump has none of its own."""
+        with self._observer.ranks.together():
+            if self._samples is not None:
+                self._samples.keep(step, self._sampled)
+
+    def kl(self, step: int, prediction: Prediction) -> float:
+        """How far a jump would lead from the policy. Afterwards the weights are bit for bit what they were before.
+
+        Args:
+            step: the training step just done.
+            prediction: what the weights would be set to.
+
+        Returns:
+            Mean over the tokens that all ranks' policy drew in the samples trained on last, see `harm.token_kl`.
+
+        Raises:
+            ValueError: a prediction that is not finite, or no samples.
+        """
+        ranks, samples = self._observer.ranks, self._samples
+        assert samples is not None
+        with ranks.together():
+            shards, held = self._float32(prediction), self._observer.held
+            own = [replace(one, data=one.data.to("cpu", copy=True)) for one in self._source if one.name in held]
+        # The passes are collective: an error that all ranks share is raised on each, as in the training's own.
+        with ranks.together():
+            before_N = samples.log_probs(step, self._sampled)
+        with ranks.together():
+            try:
+                self._engine.assign(shards)
+                after_N = samples.log_probs(step, self._sampled)
+            finally:
+                self._engine.assign(own)
+        kl_N = token_kl(before_N, after_N)
+        total, tokens = ranks.sum_over_ranks(torch.stack([kl_N.sum(), torch.tensor(len(kl_N), dtype=torch.float64)]))
+        return float(total / tokens)
 
     def jump(self, step: int, prediction: Prediction, optimizer: str, undoable: bool) -> float:
         """Set the weights to a prediction of the window behind, and begin the next window from there.

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from fakes import tiny_base
 from pipeline import on_two_ranks
-from test_engines import QUICKSTART, STRATEGIES, copied, engine_of, full_parameters, optimize
+from test_engines import QUICKSTART, STRATEGIES, copied, engine_of, full_parameters
 
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.pipeline.prediction import predicted_tensors
@@ -21,6 +21,7 @@ from relex_verl.trajectory import replay
 from relex_verl.trajectory.store import Trajectory
 
 PREDICTION = Prediction("relex", 12)
+TEMPERATURE = 0.7
 CUT, LATER = 4, 8
 LORA = {"lora_rank": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora": {"merge": True}}
 # Name -> strategy, and what is trained besides whole weights.
@@ -34,26 +35,58 @@ def engine(root: Path, case: str) -> Any:
     """The same at every call: adapters are drawn."""
     strategy, model = CASES[case]
     torch.manual_seed(0)
-    return engine_of(root / "base", strategy, "fp32", **model)
+    return engine_of(root / "base", strategy, "fp32", computes_in="fp32", **model)
+
+
+def minibatch() -> Any:
+    """What verl hands to the engine of a rank: four questions of one token, answered in two to five, the last masked."""
+    from tensordict import TensorDict
+    from verl.utils import tensordict_utils
+
+    drawn = torch.Generator().manual_seed(dist.get_rank())
+    ids = [torch.randint(64, (length,), generator=drawn) for length in (3, 4, 6, 5)]
+    masks = [torch.ones(len(one) - 1, dtype=torch.int64) for one in ids]
+    masks[-1][1] = 0  # a token that a tool gave
+    fields = {"input_ids": ids, "position_ids": [torch.arange(len(one)) for one in ids], "advantages": masks}
+    fields |= {"response_mask": masks, "loss_mask": masks}
+    nested = {name: torch.nested.as_nested_tensor(ones, layout=torch.jagged) for name, ones in fields.items()}
+    batch = TensorDict(nested, batch_size=len(ids))
+    tensordict_utils.assign_non_tensor(
+        batch, temperature=TEMPERATURE, use_remove_padding=False, use_dynamic_bsz=False, micro_batch_size_per_gpu=2
+    )
+    return batch
+
+
+def learn(engine: Any) -> None:
+    """A step of verl's own: every rank makes its tokens more likely."""
+
+    def loss(model_output: Any, data: Any, dp_group: Any) -> Any:
+        return -model_output["log_probs"].values().mean(), {}
+
+    with engine.train_mode():
+        engine.train_batch(minibatch(), loss_function=loss)
 
 
 def rank_of(engine: Any, root: Path, out: Path) -> Any:
     """RELEX's part of a rank, ready to open its trajectory."""
     from relex_verl.run.rank import RelexRank
     from relex_verl.verl_plugin.adapters import AdapterEngine, peft_config
+    from relex_verl.verl_plugin.samples import LastSamples
     from relex_verl.verl_plugin.source import VerlEngine
 
-    config = RelexConfig.from_mapping({"on_cut": "jump", "t_cut": CUT, "observe_every": 1, "output_dir": str(out)})
+    node = {"on_cut": "jump", "t_cut": CUT, "observe_every": 1, "output_dir": str(out), "jump_kl_max": 1.0}
+    config = RelexConfig.from_mapping(node)
     plans = {config.kind.name: config.plan(20)}
     ours = VerlEngine if peft_config(engine) is None else AdapterEngine
-    rank = RelexRank(Setup(config, plans, 0, out, RunFacts(str(root / "base"), "p", "e")), ours(engine))
+    setup = Setup(config, plans, 0, out, RunFacts(str(root / "base"), "p", "e"))
+    rank = RelexRank(setup, ours(engine), samples=LastSamples(engine))
     rank.start()
     return rank
 
 
 def train(engine: Any, rank: Any, first: int, last: int) -> None:
     for step in range(first, last + 1):
-        optimize(engine)
+        learn(engine)
         rank.observe(step)
 
 
@@ -78,6 +111,27 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
+def compared(engine: Any, rank: Any, before: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The policy before and after a jump that is not made; and by the samples that a run resumed here would find."""
+    from relex_verl.verl_plugin.samples import LastSamples
+
+    rank.fit(["relex"], [])  # where they are kept
+    kl = rank.jumping.kl(CUT, PREDICTION)
+    untouched = same(state_of(engine), before)
+    rank.jumping._samples.release()
+    watching, rank.jumping._samples = rank.jumping._samples, LastSamples(engine)
+    resumed = rank.jumping.kl(CUT, PREDICTION)
+    try:
+        rank.jumping.kl(CUT + 1, PREDICTION)
+    except Exception as error:
+        refused = str(error)
+    rank.jumping._samples.release()
+    assert "train_batch" not in vars(engine)
+    del watching
+    seen = {"kl": kl, "kl when resumed": resumed, "no samples": refused, "untouched": untouched}
+    return seen | {"still untouched": same(state_of(engine), before), "batch": dict(minibatch().items())}
+
+
 def jumped(root: Path, case: str) -> dict[str, Any]:
     """A jump, training from there, and its undoing; then the same start again, killed after the jump and resumed."""
     out = root / f"{case}-{dist.get_world_size()}"
@@ -85,14 +139,17 @@ def jumped(root: Path, case: str) -> dict[str, Any]:
     rank = rank_of(first, root, out)
     rank.open(0)
     train(first, rank, 1, CUT)
-    before = state_of(first)
+    before, weights_before = state_of(first), weights_of(first)
+    measured = compared(first, rank, before)
     distance = rank.jumping.jump(CUT, PREDICTION, "keep", True)
     after, weights = state_of(first), weights_of(first)
     train(first, rank, CUT + 1, LATER)
     trained = state_of(first)
     seen = {
+        **measured,
         "distance": distance,
         "weights": weights,
+        "weights before": weights_before,
         "optimizer kept": same(*({n: t for n, t in one.items() if n.startswith("state")} for one in (before, after))),
     }
     rank.jumping.undo(LATER)
@@ -103,7 +160,7 @@ def jumped(root: Path, case: str) -> dict[str, Any]:
     again = engine(root, case)
     rank = rank_of(again, root, out)
     for _ in range(CUT):
-        optimize(again)
+        learn(again)
     assert same(state_of(again), before)
     seen["began"] = rank.open(CUT).began
     seen["said"] = rank.jumping.replay()
@@ -180,3 +237,39 @@ def test_a_jump_is_the_offline_prediction_and_can_be_undone_and_made_again(
         assert "nope" in seen["refused"]
         assert seen["left alone"]
         assert seen["reset"]
+
+
+def exact_kl(base: Path, ranks: list[dict[str, Any]]) -> float:
+    """k3 by transformers' own model in float32, one sequence at a time."""
+    from transformers import AutoModelForCausalLM
+
+    estimates = []
+    for seen in ranks:
+        drawn: list[torch.Tensor] = []
+        for weights in (seen["weights before"], seen["weights"]):
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+            model.load_state_dict(weights, strict=False)
+            log_probs = []
+            for ids, mask in zip(seen["batch"]["input_ids"], seen["batch"]["response_mask"], strict=True):
+                with torch.no_grad():
+                    logits = model(ids[None]).logits[0, :-1] / TEMPERATURE
+                of_tokens = logits.double().log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
+                log_probs.append(of_tokens[-len(mask) :][mask.bool()])
+            drawn.append(torch.cat(log_probs))
+        before, after = drawn
+        estimates.append((after - before).exp() - 1 - (after - before))
+    return float(torch.cat(estimates).mean())
+
+
+@pytest.mark.parametrize(
+    ("case", "world"), [*((case, 2) for case in CASES), *((strategy, 1) for strategy in STRATEGIES)]
+)
+def test_the_policy_is_compared_before_and_after_and_no_weight_is_touched(engines: Path, case: str, world: int) -> None:
+    ranks = [torch.load(engines / f"{case}-{world}-{rank}.pt", weights_only=False) for rank in range(world)]
+    for seen in ranks:
+        assert seen["kl"] == seen["kl when resumed"] == ranks[0]["kl"] > 0
+        assert f"has the samples of step {CUT}, not of {CUT + 1}" in seen["no samples"]
+        assert seen["untouched"]
+        assert seen["still untouched"]
+    if case in STRATEGIES:
+        assert ranks[0]["kl"] == pytest.approx(exact_kl(engines / "base", ranks), rel=1e-3)
