@@ -4,7 +4,7 @@ import logging
 import socket
 from collections.abc import Iterator
 from functools import cached_property
-from math import nan
+from math import nan, prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -173,6 +173,14 @@ class RelexRank:
         rows = self._setup.plans[self._observer.kind.name].rows
         self._cost = self._check_budget(elements, tensors, rows, None)
 
+    @cached_property
+    def _copies(self) -> int:
+        """Ranks that hold the same weights. Collective."""
+        with self._ranks.together():
+            has = sum(shard.placement.numel for shard in self._source)
+        everywhere = self._ranks.sum_over_ranks(torch.tensor([has], dtype=torch.float64))
+        return round(everywhere.item() / sum(prod(shape) for shape in self._observer.shapes.values()))
+
     def _check_budget(self, elements: int, tensors: int, rows: int, rows_held: int | None) -> str:
         """Gather the facts of all ranks and ask the rule, on each of them; the estimate, in words.
 
@@ -199,7 +207,7 @@ class RelexRank:
         jump, bounded = config.on_cut == "jump", config.jump_kl_max is not None
         workload = Workload(
             kind, tensors, rows, every, setup.predictions,
-            rows_held=rows_held, checkpoint=checkpoint, jump=jump, bounded=bounded,
+            rows_held=rows_held, checkpoint=checkpoint, jump=jump, bounded=bounded, copies=self._copies if jump else 1,
         )  # fmt: skip
         estimate = admission.estimate(workload, ranks, disk_free=everyone[0][1], output_dir=setup.output_dir)
         with self._ranks.together():
