@@ -213,6 +213,32 @@ def test_a_run_that_was_killed_before_its_report_makes_the_jump_all_the_same(tmp
     assert callback.plan.t_cut == 2 * CUT
 
 
+def test_a_run_that_was_killed_before_its_report_knows_what_it_has_decided(tmp_path: Path) -> None:
+    """So it searches on where it won, and may undo the jump, as the run that was not killed."""
+    whole, _ = started(tmp_path / "whole", on_cut="jump")
+    cut(whole, CUT, PEAK)
+    callback, _ = started(tmp_path / "killed", on_cut="jump")
+    train(callback, 1, CUT)
+    host = Host(PEAK)
+
+    def die() -> None:
+        raise OSError("the node is gone")
+
+    host.relex_restore = die  # type: ignore[method-assign]
+    with pytest.raises(RelexError):
+        callback.on_rollout_ready(CUT, host)
+    assert not (tmp_path / "killed" / "report.json").exists()
+    again = Workers(tmp_path / "killed")
+    again.began, again.origin = True, CUT
+    callback, _ = started(tmp_path / "killed", again, step=CUT, on_cut="jump")
+    assert callback.plan == whole.plan
+    assert callback.schedule.earlier == whole.schedule.earlier
+    assert report(tmp_path / "killed") == report(tmp_path / "whole")
+    assert not list((tmp_path / "killed").rglob("decided.json"))
+    cut(callback, 2 * CUT, {8: 0.1})
+    assert again.jumps == [(8, "undone")]
+
+
 def test_a_run_that_was_killed_before_its_jump_cuts_again(tmp_path: Path) -> None:
     callback, _ = started(tmp_path, on_cut="jump")
     train(callback, 1, CUT)
