@@ -49,6 +49,7 @@ class Workers:
         self.began = False  # at the step that the run was resumed from
         self.jumps: list[tuple[Any, ...]] = []
         self.recording = False
+        self.kl = 0.01  # of every jump
 
     def __getattr__(self, method: str) -> Any:
         def call(*args: Any) -> list[Answer]:
@@ -77,6 +78,9 @@ class Workers:
 
     def _relex_record(self) -> None:
         self.recording = True
+
+    def _relex_kl(self, step: int, prediction: Prediction) -> float:
+        return self.kl
 
     def _relex_jump(self, step: int, *how: Any) -> float:
         self.origin = step
@@ -124,7 +128,7 @@ class Host:
 
     Attributes:
         asked: weights that were validated, in this order; places: on which rows, None for all.
-        done: "restore" and "end", in the order of the calls.
+        done: "rest", "restore" and "end", in the order of the calls.
     """
 
     def __init__(self, quality: dict[int, float], cut: int = CUT, fails: Exception | None = None) -> None:
@@ -150,6 +154,9 @@ class Host:
         samples = {PROMPTS[i]: [float(hard[i] < self.quality[nearest])] for i in rows}
         score = sum(one[0] for one in samples.values()) / len(samples)
         return Validation({METRIC: score}, METRIC, samples, 1.0, places={PROMPTS[i]: [i] for i in rows})
+
+    def relex_rest(self) -> None:
+        self.done.append("rest")
 
     def relex_restore(self) -> None:
         self.done.append("restore")

@@ -45,6 +45,7 @@ class Advice:
         prompts: number of prompts in the deciding half.
         p_value: of the paired test.
         alpha: what it had to fall below.
+        kl: of a jump with a bound: mean token KL between the policy before and after, in nats.
     """
 
     action: str
@@ -55,6 +56,7 @@ class Advice:
     prompts: int = 0
     p_value: float | None = None
     alpha: float | None = None
+    kl: float | None = None
 
 
 class Scores(Protocol):

@@ -6,10 +6,45 @@ back if what was trained from it falls behind the weights before it. Both are on
 (`advice.paired_p_value`): a candidate that is exactly as good is refused in a share 1 - confidence of all cases.
 """
 
+from dataclasses import replace
+
+import torch
+
 from relex_verl.maths.advice import Advice, Scores, decides, paired_p_value, paired_scores, unscored
 from relex_verl.maths.extrapolators import Prediction
 
-__all__ = ["judge_jump", "judge_undo"]
+__all__ = ["judge_distance", "judge_jump", "judge_undo", "token_kl"]
+
+
+def token_kl(before_N: torch.Tensor, after_N: torch.Tensor) -> torch.Tensor:
+    """KL(before || after) of the next token's distribution, estimated at each of N tokens that `before` drew.
+
+    k3 of http://joschu.net/blog/kl-approx.html: with log r = after - before, r - 1 - log r. Unbiased, since the mean of
+    r - 1 is 0, and never below 0, so that 0 is said of equal policies only.
+
+    Args:
+        before_N, after_N: log-probabilities of the drawn tokens by both policies, float64.
+
+    Returns:
+        (N,) nats. Their mean is the mean token KL.
+    """
+    log_ratio_N = after_N - before_N
+    return torch.expm1(log_ratio_N) - log_ratio_N
+
+
+def judge_distance(advice: Advice, kl: float, most: float) -> Advice:
+    """A jump that leads too far from the policy is refused, whatever it scores.
+
+    Args:
+        advice: "jump".
+        kl: mean token KL between the policy before and after, in nats; NaN where it could not be told.
+        most: that a jump may have.
+    """
+    said = f"token KL {kl:.3g} of {most:g} allowed"
+    if kl <= most:
+        return replace(advice, reason=f"{advice.reason}, {said}", kl=kl)
+    reason = f"Keep training: too far from the policy ({said}); {advice.reason.removeprefix('Jump: ')}"
+    return replace(advice, action="keep_training", target=None, reason=reason, kl=kl)
 
 
 def judge_jump(prediction: Prediction, candidate: Scores, hold: Scores, t_cut: int, confidence: float) -> Advice:

@@ -20,7 +20,9 @@ CAREFUL_CHANGE_RATE = 0.03
 TYPICAL_CHANGE_RATES = (0.005, 0.01)
 # Bytes a parameter of a run that jumps: the prediction that the weights are set to, whole before the first one is set; on
 # disk theta_0 of the next window, and weights and optimizer state (of Adam) from before a jump.
-JUMP_MEMORY, JUMP_DISK = 4, 4 + 12
+JUMP_MEMORY, JUMP_DISK = 4, (4, 12)
+# The same of a jump with a bound: the weights from before, while the policy is compared.
+BOUND_MEMORY = 4
 # Files of a sketch on disk at a time: the two that are kept, and the one being written.
 SKETCH_FILES = 3
 
@@ -40,6 +42,8 @@ class Workload:
         checkpoint: bytes of a predicted checkpoint, those of the base; None for all in bfloat16.
         jump: the weights may be set to a prediction, and set back.
         recorded: rows after the cut, which go to disk and stay nowhere else.
+        bounded: the policy is compared before and after.
+        copies: ranks that hold the same weights; one of them follows an element, and all are set.
     """
 
     kind: Kind
@@ -52,6 +56,8 @@ class Workload:
     checkpoint: int | None = None
     jump: bool = False
     recorded: int = 0
+    bounded: bool = False
+    copies: int = 1
 
     @property
     def row_bytes(self) -> float:
@@ -66,9 +72,10 @@ class Workload:
     def memory(self, elements: int) -> int:
         """Host memory of a rank that holds so many parameters, at the cut."""
         gram = 2 * self.tensors * self.rows**2 * 8
-        prediction = JUMP_MEMORY * elements if self.jump else 0
+        prediction = JUMP_MEMORY if self.jump else 0
+        own = BOUND_MEMORY if self.bounded else 0
         rows = max(self.rows, min(self.recorded, 1))  # one that is recorded is in memory until it is written
-        return self._state_and_rows(elements, rows) + gram + prediction
+        return self._state_and_rows(elements, rows) + gram + (prediction + own) * self.copies * elements
 
     def memory_to_come(self, elements: int) -> int:
         """Of `memory`, what is still to be taken. G is made anew, of all rows."""
@@ -84,7 +91,7 @@ class Workload:
         held, files = self.rows_held or 0, SKETCH_FILES
         if held:
             files -= 1  # that of the cut behind
-        jump = JUMP_DISK if self.jump else 0
+        jump = JUMP_DISK[0] + JUMP_DISK[1] * self.copies if self.jump else 0
         rows = self.rows - held + self.recorded
         return round(elements * (rows * self.row_bytes + files * self.kind.fixed_bytes + jump))
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ class RelexCallback:
         if not appears(self._output.index):
             raise TrajectoryError(f"the driver sees no relex.output_dir={self._output.path}: use a shared file system")
         if opened.began and step:
-            go_on_from(self._ranks, self.schedule, step)
+            go_on_from(self._ranks, self.schedule, self._output, step)
         else:
             announce.goes_on(step, opened)
         if self.schedule.plan is None:
@@ -241,7 +242,9 @@ class RelexCallback:
         jumps = jumps_before(self.config, self.schedule, self._output)
         verdict = decide(host, self.config, self.plan, findings, self.schedule.alpha_share, jumps)
         if jumps is not None and not verdict.silent:  # if so, the run ends when the rollout is to get its weights back
-            verdict.jump = carry_out(self._ranks, self.config, step, verdict.advice)
+            facts = self._output, self._written, self._metrics, self.schedule
+            report = partial(announce.report, step, findings, verdict, *facts)
+            carry_out(self._ranks, self.config, step, verdict, host, self._output, report)
         return verdict
 
     def _conclude(self, step: int, findings: Findings, verdict: Verdict, host: Host | None) -> dict[str, float]:

@@ -63,6 +63,8 @@ class RelexConfig:
         jump_optimizer: of "jump": "keep" the optimizer's state, or "reset" it.
         jump_confidence: of "jump": level of the one-sided test that the winner is worse than the observed weights; one that
             is exactly as good is refused in a share 1 - jump_confidence of all cases.
+        jump_kl_max: of "jump": mean token KL, in nats, between the policy before and after that a jump may have; null for no
+            bound, and nothing is measured.
         jump_undo: of "jump": keep weights and optimizer state from before until the next cut, and go back if what was
             trained from the jump has fallen behind them by the same test.
         on_error: "disable" logs an error inside RELEX once and goes on training without it; "raise" stops the run.
@@ -93,6 +95,7 @@ class RelexConfig:
     max_jumps: int | None = None
     jump_optimizer: str = "keep"
     jump_confidence: float = 0.8
+    jump_kl_max: float | None = None
     jump_undo: bool = True
     on_error: str = "disable"
     output_dir: str = "${trainer.default_local_dir}/relex"
@@ -193,13 +196,16 @@ class RelexConfig:
             raise ConfigError(
                 "relex.jump_confidence", self.jump_confidence, "give a level from 0.5 to below 1, e.g. 0.8"
             )
+        if self.jump_kl_max is not None and (not is_number(self.jump_kl_max) or self.jump_kl_max <= 0):
+            cure = "give null for no bound, or nats a token, more than 0, e.g. 0.1"
+            raise ConfigError("relex.jump_kl_max", self.jump_kl_max, cure)
         if not isinstance(self.jump_undo, bool):
             raise ConfigError("relex.jump_undo", self.jump_undo, "give true or false")
         if self.max_jumps is not None:
             whole("relex.max_jumps", self.max_jumps, 1, "give null for no bound, or a whole number, 1 or more")
         usual = RelexConfig()
         if self.on_cut != "jump":
-            for key in ("window", "max_jumps", "jump_optimizer", "jump_confidence", "jump_undo"):
+            for key in ("window", "max_jumps", "jump_optimizer", "jump_confidence", "jump_kl_max", "jump_undo"):
                 if getattr(self, key) != getattr(usual, key):
                     cure = f"only relex.on_cut=jump reads it, and relex.on_cut={self.on_cut}"
                     raise ConfigError(f"relex.{key}", getattr(self, key), cure)

@@ -157,11 +157,27 @@ class OutputFolder:
             if _number(path) >= t_cut:
                 shutil.rmtree(path)
 
+    def decide(self, report: CutReport, validations: Mapping[str, Validation]) -> None:
+        """Write what was decided at a cut, before it is carried out: it counts as soon as the window after it begins."""
+        self.keep_scores(report.t_cut, validations)
+        write_json(self._decided(report.t_cut), report.to_json())
+
+    def decided(self, t_cut: int) -> CutReport | None:
+        """What was decided at a cut whose report was never written; None where that is not there, or damaged."""
+        try:
+            return CutReport.read(self._decided(t_cut))
+        except (OSError, RecordError):
+            return None
+
+    def _decided(self, t_cut: int) -> Path:
+        return self.cut(t_cut) / "decided.json"
+
     def keep(self, report: CutReport) -> None:
         """Write the report of a cut, for good and as the latest."""
         content = report.to_json()
         write_json(self.cut(report.t_cut) / "report.json", content)
         write_json(self.path / "report.json", content)
+        self._decided(report.t_cut).unlink(missing_ok=True)
 
     def keep_scores(self, t_cut: int, validations: Mapping[str, Validation]) -> None:
         """Write every sample's score, one file a scored set of weights: prompt -> scores."""

@@ -24,6 +24,7 @@ __all__ = [
     "JumpingEngine",
     "Opened",
     "RunFacts",
+    "Samples",
     "Setup",
     "Started",
     "Weights",
@@ -174,6 +175,22 @@ class JumpingEngine(Engine, Protocol):
         """Set weights and optimizer state to what `state` gave, bit by bit; nothing is set if it raises."""
 
 
+class Samples(Protocol):
+    """What a rank needs to compare the policy before and after a jump: the samples that it was trained on last."""
+
+    def keep(self, step: int, file: Path) -> None:
+        """Write this rank's samples of a step, for a run that is resumed there."""
+
+    def log_probs(self, step: int, file: Path) -> torch.Tensor:
+        """Of the tokens that the policy drew in them, by the weights as they are now: (N,) float64, on the host.
+
+        Collective. After a resume they are those of `file`.
+
+        Raises:
+            ValueError, OSError: no samples of this step are at hand.
+        """
+
+
 class Host(Protocol):
     """What a trainer lends to a cut."""
 
@@ -184,6 +201,9 @@ class Host(Protocol):
     def relex_validate(
         self, weights: Weights, metric: str | None, timeout: float, places: Collection[int] | None = None
     ) -> Validation: ...
+
+    def relex_rest(self) -> None:
+        """Put the rollout to sleep, so that the engine may compute; `relex_restore` wakes it."""
 
     def relex_restore(self) -> None: ...
 

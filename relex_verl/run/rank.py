@@ -4,7 +4,7 @@ import logging
 import socket
 from collections.abc import Iterator
 from functools import cached_property
-from math import nan
+from math import nan, prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from relex_verl.reporting.findings import Findings
 from relex_verl.run import admission, machine
 from relex_verl.run.budget import Workload
 from relex_verl.run.jumping_rank import JumpingRank
-from relex_verl.run.protocol import Engine, JumpingEngine, Opened, Setup, Started, Weights
+from relex_verl.run.protocol import Engine, JumpingEngine, Opened, Samples, Setup, Started, Weights
 from relex_verl.trajectory.collectors import RowRecorder
 from relex_verl.trajectory.kinds import KINDS
 from relex_verl.trajectory.shards import TensorShard
@@ -35,15 +35,18 @@ logger = logging.getLogger("relex_verl")
 class RelexRank:
     """What RELEX holds and does on one rank."""
 
-    def __init__(self, setup: Setup, engine: Engine, ranks: Collectives | None = None) -> None:
+    def __init__(
+        self, setup: Setup, engine: Engine, ranks: Collectives | None = None, samples: Samples | None = None
+    ) -> None:
         """Choose the kind of trajectory; nothing is read yet.
 
         Args:
             setup: what the driver says.
             engine: the host's.
             ranks: of the training; those of the default process group for None.
+            samples: the engine's last ones, of a run whose jumps have a bound.
         """
-        self._ranks = ranks or Collectives()
+        self._ranks, self._samples = ranks or Collectives(), samples
         with self._ranks.together():
             kind = setup.config.kind
             self._reason = engine.no_master if kind.wants_master else None
@@ -83,9 +86,8 @@ class RelexRank:
     @cached_property
     def jumping(self) -> JumpingRank:
         """What only a run that jumps needs."""
-        return JumpingRank(
-            cast(JumpingEngine, self._engine), self._observer, self._source, self._setup.output_dir / "before_jump"
-        )
+        folder = self._setup.output_dir / "before_jump"
+        return JumpingRank(cast(JumpingEngine, self._engine), self._observer, self._source, folder, self._samples)
 
     def observe(self, step: int) -> dict[str, float]:
         """Add the row of this step; rank 0 answers with the metrics."""
@@ -109,6 +111,8 @@ class RelexRank:
     def fit(self, methods: list[str], targets: list[int]) -> Findings | None:
         """Rank 0 answers with the fits of all tensors, backtests, figures and the observed steps."""
         self._observer.save()
+        if self._samples is not None:
+            self.jumping.keep_samples(self._observer.steps[-1])
         if self._ranks.rank:
             return None
         observer, config = self._observer, self._setup.config
@@ -188,6 +192,14 @@ class RelexRank:
         plan = self._setup.plans.get(self._observer.kind.name)
         self._cost = self._check_budget(elements, tensors, 0 if plan is None else plan.rows, None)
 
+    @cached_property
+    def _copies(self) -> int:
+        """Ranks that hold the same weights. Collective."""
+        with self._ranks.together():
+            has = sum(shard.placement.numel for shard in self._source)
+        everywhere = self._ranks.sum_over_ranks(torch.tensor([has], dtype=torch.float64))
+        return round(everywhere.item() / sum(prod(shape) for shape in self._observer.shapes.values()))
+
     def _check_budget(self, elements: int, tensors: int, rows: int, rows_held: int | None) -> str:
         """Gather the facts of all ranks and ask the rule, on each of them; the estimate, in words.
 
@@ -214,18 +226,13 @@ class RelexRank:
         # Adapters are written in float32, and have no base that could say so yet.
         adapters = 4 * sum(rank.elements for rank in ranks)
         checkpoint = self._observer.base.nbytes if self._observer.adapters is None else adapters
-        jump = setup.config.on_cut == "jump"
+        config = setup.config
+        jump, bounded = config.on_cut == "jump", config.jump_kl_max is not None
         workload = Workload(
-            kind,
-            tensors,
-            rows,
-            every,
-            setup.predictions,
-            rows_held=rows_held,
-            checkpoint=checkpoint,
-            jump=jump,
+            kind, tensors, rows, every, setup.predictions,
+            rows_held=rows_held, checkpoint=checkpoint, jump=jump, bounded=bounded, copies=self._copies if jump else 1,
             recorded=max(0, recorded - (rows - (rows_held or 0))),
-        )
+        )  # fmt: skip
         estimate = admission.estimate(workload, ranks, disk_free=everyone[0][1], output_dir=setup.output_dir)
         with self._ranks.together():
             estimate.admit()

@@ -111,7 +111,9 @@ def reshard(engine: Any) -> None:
             unit.reshard()
         elif isinstance(unit, FullyShardedDataParallel) and unit._handle is not None:
             handle = unit._handle
-            if handle.uses_sharded_strategy and not handle.is_sharded(handle.flat_param):
+            # The root's stay allocated after a pass without a backward one, and are taken for those of the next.
+            began = handle.uses_sharded_strategy and hasattr(handle.flat_param, "_full_param_padded")
+            if began and not (handle.is_sharded(handle.flat_param) and handle.needs_unshard()):
                 handle.reshard(free_unsharded_flat_param=True)
 
 

@@ -108,10 +108,10 @@ def check_jump(config: DictConfig) -> None:
         raise ConfigError(
             f"{ACTOR}.strategy", actor.strategy, f"a jump sets the weights of fsdp and fsdp2 only: {cure}"
         )
-    ranks, size = config.trainer.n_gpus_per_node * config.trainer.nnodes, actor.fsdp_config.fsdp_size
-    if 0 < size < ranks:
-        cure = f"each rank sets what it alone holds, and {ranks} ranks hold copies: leave it at -1, or {cure}"
-        raise ConfigError(f"{ACTOR}.fsdp_config.fsdp_size", size, cure)
+    ranks = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    if actor.strategy == "fsdp" and actor.fsdp_config.fsdp_size == 1 < ranks:
+        alone = f"torch's FSDP1 trains each of the {ranks} copies by itself then: give 2 or more, -1 or strategy=fsdp2"
+        raise ConfigError(f"{ACTOR}.fsdp_config.fsdp_size", 1, f"{alone}, or {cure}")
 
 
 def check_weight_transfer(config: DictConfig) -> None:

@@ -58,6 +58,7 @@ class _RelexTrainerMixin:
         self._relex_probe: Probe | None = None
         self._relex_lost: set[str] = set()  # prompts of given-up validations that were waited for in vain
         self.relex_rewards: dict[int, float] = {}
+        self._relex_resting = False  # the rollout sleeps while the engine computes
         self._relex_saved_step = 0  # step of the last checkpoint, this run's or the one that it resumed from
         with open_dict(config):
             config.trainer.v1.trainer_mode = self.verl_mode
@@ -169,11 +170,18 @@ class _RelexTrainerMixin:
         probe.marks, probe.places = rows.marks(), rows.places
         return probe.validation(metrics, metric, time.perf_counter() - start)
 
+    def relex_rest(self) -> None:
+        """Put the rollout to sleep, so that the engine may compute; `relex_restore` wakes it."""
+        self._relex_call("falling asleep", self._relex_sleep)
+        self._relex_resting = True
+
     def relex_restore(self) -> None:
         """Give the rollout the actor's weights back, whatever a validation left behind."""
         if self._relex_call.silent is None:
             self.relex.substitute(None)
-        self._relex_call("falling asleep", self._relex_sleep)
+        if not self._relex_resting:
+            self._relex_call("falling asleep", self._relex_sleep)
+        self._relex_resting = False
         leftovers.clear_settled()
         self._relex_call("taking weights", self._relex_wake)
 

@@ -19,6 +19,7 @@ from relex_verl.reporting.findings import Findings
 from relex_verl.run.protocol import Opened, Setup, Started, Weights, answers
 from relex_verl.run.rank import RelexRank
 from relex_verl.verl_plugin.adapters import AdapterEngine, peft_config
+from relex_verl.verl_plugin.samples import LastSamples
 from relex_verl.verl_plugin.source import VerlEngine
 
 __all__ = ["RelexActorWorker", "RelexDetachActorWorker"]
@@ -31,6 +32,7 @@ class _RelexWorkerMixin:
     _relex: RelexRank
     _relex_engine: VerlEngine | AdapterEngine
     _relex_exported: Any = None
+    _relex_samples: LastSamples | None = None
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     @answers
@@ -38,7 +40,9 @@ class _RelexWorkerMixin:
         """Check memory and disk and take theta_0 (call it between `init_model` and `load_checkpoint`)."""
         engine = self.actor.engine
         self._relex_engine = VerlEngine(engine) if peft_config(engine) is None else AdapterEngine(engine)
-        self._relex = RelexRank(setup, self._relex_engine)
+        if setup.config.jump_kl_max is not None:
+            self._relex_samples = LastSamples(engine)
+        self._relex = RelexRank(setup, self._relex_engine, samples=self._relex_samples)
         return self._relex.start()
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
@@ -122,6 +126,12 @@ class _RelexWorkerMixin:
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     @answers
+    def relex_kl(self, step: int, prediction: Prediction) -> float:
+        """See `JumpingRank.kl`."""
+        return self._relex.jumping.kl(step, prediction)
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @answers
     def relex_undo(self, step: int) -> None:
         """See `JumpingRank.undo`."""
         self._relex.jumping.undo(step)
@@ -142,6 +152,8 @@ class _RelexWorkerMixin:
     @answers
     def relex_stop(self) -> None:
         """Let go of everything that RELEX holds in memory."""
+        if self._relex_samples is not None:
+            self._relex_samples.release()
         self._relex = self._relex_engine = None  # type: ignore[assignment]
 
 

@@ -17,7 +17,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.trainer)
-            item.add_marker(pytest.mark.timeout(1200), append=False)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(1200), append=False)
 
 
 @pytest.fixture(scope="session", autouse=True)

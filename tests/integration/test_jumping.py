@@ -12,7 +12,10 @@ from relex_verl.trajectory.store import Trajectory
 
 STEPS, WINDOW, JUMP = 10, 3, 6
 OPTIONS = {
-    "relex": ["relex.on_cut=jump", f"relex.t_cut={WINDOW}", "relex.observe_every=1", "relex.max_candidates=3"],
+    "relex": [
+        *("relex.on_cut=jump", f"relex.t_cut={WINDOW}", "relex.observe_every=1", "relex.max_candidates=3"),
+        "relex.jump_kl_max=10",
+    ],
     # Large steps: of the two cuts that come, the first has no winner and the second one has.
     "extra": ["actor_rollout_ref.actor.optim.lr=2e-5", f"trainer.save_freq={JUMP}", "trainer.resume_mode=auto"],
 }
@@ -33,6 +36,8 @@ def test_a_killed_run_makes_its_jump_again_and_trains_on_as_it_would_have(tmp_pa
     metrics = before.metrics
     assert metrics[6]["relex/jump/made"] == 1.0
     assert metrics[3]["relex/jump/made"] == 0.0
+    assert 0 < metrics[6]["relex/jump/kl"] < 10
+    assert "relex/jump/kl" not in metrics[3]
     origin = trajectory / "window_002" / "rank_00000" / "origin.safetensors"
     kept = origin.read_bytes()
     trained = before.trained()[7]

@@ -1,5 +1,6 @@
 """What may be jumped to, and what is taken back: tested against harm, on prompts that the search has not seen."""
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from relex_verl.maths.advice import decides
 from relex_verl.maths.extrapolators import Prediction
-from relex_verl.maths.harm import judge_jump, judge_undo
+from relex_verl.maths.harm import judge_distance, judge_jump, judge_undo, token_kl
 
 PREDICTION = Prediction("relex", 60)
 PROMPTS = [f"prompt {i}" for i in range(600)]
@@ -90,3 +91,40 @@ def test_a_jump_is_undone_if_what_came_of_it_is_behind_the_weights_before(now: f
         assert (advice.action, advice.target, advice.prompts) == ("undo", None, len(PROMPTS))
         assert advice.reason.startswith("Undo: step 40 scores 0.4")
         assert "step 20" in advice.reason
+
+
+def test_the_estimate_of_the_kl_is_that_of_the_distributions() -> None:
+    """Against the sum over the vocabulary, by tokens that the first policy draws."""
+    torch.manual_seed(0)
+    before_V, after_V = torch.randn(2, 50, dtype=torch.float64).log_softmax(-1)
+    exact = float((before_V.exp() * (before_V - after_V)).sum())
+    drawn_N = torch.multinomial(before_V.exp(), 200_000, replacement=True)
+    estimate_N = token_kl(before_V[drawn_N], after_V[drawn_N])
+    assert float(estimate_N.mean()) == pytest.approx(exact, rel=0.02)
+    assert float(estimate_N.min()) >= 0
+    assert float(token_kl(before_V, before_V).abs().max()) == 0
+    # Where the weights go wild it is no number, or too large for one, and never within a bound.
+    assert not token_kl(torch.tensor([-2000.0]), torch.tensor([-1.0])) <= 1e9
+
+
+@pytest.mark.parametrize(
+    ("kl", "action", "says"),
+    [
+        (0.0123, "jump", r"Jump: relex-step_60 scores .* of harm\), token KL 0.0123 of 0.1 allowed"),
+        (0.1, "jump", "token KL 0.1 of 0.1 allowed"),
+        (
+            0.101,
+            "keep_training",
+            r"Keep training: too far from the policy \(token KL 0.101 of 0.1 allowed\); relex-step_60",
+        ),
+        (float("inf"), "keep_training", "token KL inf of 0.1 allowed"),
+        (float("nan"), "keep_training", "token KL nan of 0.1 allowed"),
+    ],
+)
+def test_a_jump_that_leads_too_far_is_refused_with_the_figure(kl: float, action: str, says: str) -> None:
+    jump = judge_jump(PREDICTION, scores(searched=0.6, deciding=0.6), HOLD, 20, confidence=0.8)
+    advice = judge_distance(jump, kl, 0.1)
+    assert (advice.action, advice.target) == (action, PREDICTION if action == "jump" else None)
+    assert re.match(f".*{says}", advice.reason)
+    assert advice.kl is kl
+    assert (advice.score, advice.prompts, advice.p_value) == (jump.score, jump.prompts, jump.p_value)

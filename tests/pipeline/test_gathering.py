@@ -10,7 +10,7 @@ from pipeline import RUN, on_two_ranks, weights_of
 from recorded import write_base
 
 from relex_verl.pipeline.collectives import PeerError
-from relex_verl.pipeline.gathering import whole_tensors
+from relex_verl.pipeline.gathering import whole_tensors, with_copies
 from relex_verl.pipeline.observer import Observer
 from relex_verl.trajectory.kinds import KINDS
 from relex_verl.trajectory.shards import TensorShard
@@ -38,6 +38,17 @@ def fail_while_weights_are_put_together(rank: int, world: int, base: Path, out: 
     for name, tensor in DriftingModel(weights_of(base)).at(1).items():
         assert torch.equal(whole[name], tensor.to(torch.bfloat16))
     assert whole["tied"] is whole[next(iter(observer.shapes))]
+
+    # What both ranks have, one of them counts: vectors here, in turn.
+    has = {shard.name: shard for shard in source}
+    counted = [has[name] for name in observer.shapes if name in observer.held]
+    assert 0 < len(counted) < len(has)
+    placements = {name: shard.placement for name, shard in has.items()}
+    copied = with_copies(observer.ranks, observer.shapes, counted, placements)
+    assert [shard.name for shard in copied] == list(observer.shapes)
+    for shard in copied:
+        assert torch.equal(shard.data, has[shard.name].data)
+        assert (shard.shape, shard.placement) == (has[shard.name].shape, has[shard.name].placement)
 
 
 def test_whole_tensors_on_two_ranks(base: Path, tmp_path: Path) -> None:

@@ -87,6 +87,10 @@ def test_a_run_that_jumps_takes_a_prediction_in_memory_and_on_disk_what_undoes_i
     jumps = replace(plain, jump=True)
     assert jumps.memory(1000) - plain.memory(1000) == 4 * 1000
     assert jumps.trajectory(1000) - plain.trajectory(1000) == 16 * 1000
+    copied = replace(jumps, copies=3)
+    assert copied.memory(1000) - plain.memory(1000) == 3 * 4 * 1000
+    assert copied.trajectory(1000) - plain.trajectory(1000) == (4 + 3 * 12) * 1000
+    assert replace(jumps, bounded=True).memory(1000) - jumps.memory(1000) == 4 * 1000
 
 
 def test_what_is_recorded_takes_disk_and_one_row_of_memory() -> None:

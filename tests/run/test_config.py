@@ -62,6 +62,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_one(key, value, hint):
         ("max_jumps", [0, -1, 1.5, "1", True]),
         ("jump_optimizer", ["drop", None, True]),
         ("jump_confidence", [0.4, 1, 1.0, "0.8", None, True, NAN]),
+        ("jump_kl_max", [0, -0.1, "0.1", True, NAN]),
         ("jump_undo", ["true", 1, None]),
         ("score_metric", ["accuracy", "", "val-core/math", "val-core/math/acc/best@4", "val-core/math/acc/mean@4x", 3]),
         ("max_candidates", [0, 1.5, "6", None, INFINITY]),
@@ -254,6 +255,7 @@ def test_a_run_that_jumps_has_a_window_for_each_cut() -> None:
     ("node", "says"),
     [
         ({"window": 20}, "relex.window=20: only relex.on_cut=jump reads it, and relex.on_cut=advise"),
+        ({"jump_kl_max": 0.1}, "relex.jump_kl_max=0.1: only relex.on_cut=jump reads it, and relex.on_cut=advise"),
         ({"jump_undo": False, "on_cut": "stop"}, "relex.jump_undo=False: only relex.on_cut=jump reads it"),
         ({"on_cut": "jump", "trajectory": "bf16"}, "relex.trajectory='bf16': a jump sets the float32 master weights"),
         ({"on_cut": "jump", "targets": [60]}, "relex.targets=[60]: leave it out with relex.on_cut=jump: horizons"),

@@ -50,6 +50,43 @@ def test_the_weights_are_set_before_the_rollout_gets_the_policys_back(tmp_path: 
     assert not (tmp_path / "recommended").exists()
 
 
+def test_a_jump_has_to_stay_as_near_to_the_policy_as_is_asked_for(tmp_path: Path) -> None:
+    """Measured while the rollout sleeps, on what would be jumped to, and told whatever comes of it."""
+    callback, workers = started(tmp_path, on_cut="jump", jump_kl_max=0.1)
+    workers.kl = 0.3
+    host, metrics = cut(callback, CUT, PEAK)
+    assert host.done == ["rest", "restore"]
+    assert workers.jumps == []
+    assert workers.calls[-3:] == ["relex_kl", "relex_begin", "relex_room"]
+    assert (metrics["relex/jump/made"], metrics["relex/jump/kl"]) == (0.0, 0.3)
+    advice = report(tmp_path)["advice"]
+    assert (advice["action"], advice["target"], advice["kl"]) == ("keep_training", None, 0.3)
+    assert "too far from the policy (token KL 0.3 of 0.1 allowed)" in advice["reason"]
+    workers.kl = 0.05
+    _, metrics = cut(callback, 2 * CUT, {8: 0.5, 10: 0.7, 14: 0.8, 40: 0.1})
+    assert (metrics["relex/jump/made"], metrics["relex/jump/kl"]) == (1.0, 0.05)
+    assert [step for step, *_ in workers.jumps] == [2 * CUT]
+    assert report(tmp_path)["advice"]["kl"] == 0.05
+    host, metrics = cut(callback, 3 * CUT, {12: 0.8, 14: 0.1})  # nothing is measured where nothing won
+    assert host.done == ["restore"]
+    assert "relex/jump/kl" not in metrics
+    assert workers.calls.count("relex_kl") == 2
+
+
+def test_without_a_bound_nothing_is_measured_and_nobody_has_to_sleep(tmp_path: Path) -> None:
+    callback, workers = started(tmp_path, on_cut="jump")
+    host, metrics = cut(callback, CUT, PEAK)
+    assert host.done == ["restore"]
+    assert "relex_kl" not in workers.calls
+    assert "relex/jump/kl" not in metrics
+
+
+def test_a_measurement_that_fails_switches_relex_off_and_no_weight_is_set(tmp_path: Path) -> None:
+    callback, workers = started(tmp_path, Workers(tmp_path, fails="relex_kl"), on_cut="jump", jump_kl_max=0.1)
+    host, _ = cut(callback, CUT, PEAK)
+    assert (host.done, workers.jumps, callback.active) == (["rest", "restore"], [], False)
+
+
 def test_where_the_rollout_is_gone_no_rank_is_asked_any_more(tmp_path: Path) -> None:
     """They may be waiting in a weight update that nobody takes: one more question would wait for ever."""
     callback, workers = started(tmp_path, on_cut="jump")
@@ -174,6 +211,32 @@ def test_a_run_that_was_killed_before_its_report_makes_the_jump_all_the_same(tmp
     callback, _ = started(tmp_path, again, step=CUT, on_cut="jump")
     assert "relex_replay" in again.calls
     assert callback.plan.t_cut == 2 * CUT
+
+
+def test_a_run_that_was_killed_before_its_report_knows_what_it_has_decided(tmp_path: Path) -> None:
+    """So it searches on where it won, and may undo the jump, as the run that was not killed."""
+    whole, _ = started(tmp_path / "whole", on_cut="jump")
+    cut(whole, CUT, PEAK)
+    callback, _ = started(tmp_path / "killed", on_cut="jump")
+    train(callback, 1, CUT)
+    host = Host(PEAK)
+
+    def die() -> None:
+        raise OSError("the node is gone")
+
+    host.relex_restore = die  # type: ignore[method-assign]
+    with pytest.raises(RelexError):
+        callback.on_rollout_ready(CUT, host)
+    assert not (tmp_path / "killed" / "report.json").exists()
+    again = Workers(tmp_path / "killed")
+    again.began, again.origin = True, CUT
+    callback, _ = started(tmp_path / "killed", again, step=CUT, on_cut="jump")
+    assert callback.plan == whole.plan
+    assert callback.schedule.earlier == whole.schedule.earlier
+    assert report(tmp_path / "killed") == report(tmp_path / "whole")
+    assert not list((tmp_path / "killed").rglob("decided.json"))
+    cut(callback, 2 * CUT, {8: 0.1})
+    assert again.jumps == [(8, "undone")]
 
 
 def test_a_run_that_was_killed_before_its_jump_cuts_again(tmp_path: Path) -> None:

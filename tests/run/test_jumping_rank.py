@@ -46,6 +46,24 @@ class Engine:
             tensor.copy_(state[name])
 
 
+class Samples:
+    """Tokens whose log-probability is a weight of the engine, each; the second look at them may fail."""
+
+    def __init__(self, engine: Engine, fails: bool = False) -> None:
+        self.engine, self.fails, self.looks = engine, fails, 0
+
+    def keep(self, step: int, file: Path) -> None:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(str(step))
+
+    def log_probs(self, step: int, file: Path) -> torch.Tensor:
+        assert file.read_text() == str(step)
+        self.looks += 1
+        if self.fails and self.looks == 2:
+            raise RuntimeError("out of memory")
+        return torch.cat([tensor.flatten() for tensor in self.engine.weights.values()]).double()
+
+
 def at_a_cut(folder: Path, base: Path, kind: str, rate: float = 1e-4) -> tuple[Engine, JumpingRank, Observer]:
     """Every weight drifts, some never move."""
     model = DriftingModel(weights_of(base), rate=rate)
@@ -58,6 +76,29 @@ def at_a_cut(folder: Path, base: Path, kind: str, rate: float = 1e-4) -> tuple[E
             engine.weights[name].copy_(tensor)
         observer.observe(step, engine)
     return engine, JumpingRank(engine, observer, engine, folder / "before_jump"), observer  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("kind", ["fp32-int8", "sketch-4"])
+def test_the_policy_is_compared_with_weights_that_are_set_for_as_long_as_that(
+    tmp_path: Path, base: Path, kind: str, fails: bool
+) -> None:
+    engine, rank, observer = at_a_cut(tmp_path, base, kind)
+    samples = rank._samples = Samples(engine, fails)
+    before = {name: tensor.clone() for name, tensor in engine.state().items()}
+    rank.keep_samples(CUT)
+    if fails:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            rank.kl(CUT, Prediction("relex", 12))
+    else:
+        kl = rank.kl(CUT, Prediction("relex", 12))
+    assert samples.looks == 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.state().items())
+    assert len(Trajectory(observer.folder).index.windows) == 1
+    if not fails:
+        rank.jump(CUT, Prediction("relex", 12), "keep", undoable=False)
+        moved = torch.cat([(tensor - before[f"weight.{n}"]).flatten() for n, tensor in engine.weights.items()]).double()
+        assert kl == pytest.approx(float((moved.exp() - 1 - moved).mean()), rel=1e-3)
 
 
 @pytest.fixture(params=["fp32-int8", "fp32-none", "sketch-4"])

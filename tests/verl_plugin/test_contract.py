@@ -57,6 +57,7 @@ OBJECTS = {
     "leftovers.py": {"buffer": BUFFER},
     "probe.py": {"buffer": BUFFER},
     "sending.py": {"self._engine": ENGINE, "type(engine)": ENGINE},
+    "samples.py": {"engine": ENGINE, "self._engine": ENGINE},
     "ties.py": {"engine": ENGINE},
     "registration.py": {
         "config_store": "hydra.core.config_store",
@@ -159,10 +160,14 @@ CONTRACT: dict[str, dict[str, str]] = {
         "_hf_delta_entry": "(self, name, spec, place, lidx, lval)",
         "get_per_tensor_param": "(self, layered_summon=False, base_sync_done=False, **kwargs)",
         "get_per_tensor_param_shard": "(self, **kwargs)",
+        "eval_mode": "(self, **kwargs)",
+        "infer_batch": "(self, data, loss_function=None)",
         "is_optimizer_offload_enabled": ATTRIBUTE,
         "model_config": ATTRIBUTE,
         "module": ATTRIBUTE,
+        "train_batch": "(self, data, loss_function)",
     },
+    "verl.workers.utils.padding": {"response_from_nested": "(tensor, response_mask)"},
     SPEC: {"BlockPlacement": ATTRIBUTE, "ShardSpec": ATTRIBUTE, "derive_dtensor_placement": "(spec)"},
     f"{SPEC}:ShardSpec": {
         "from_param": "(param)",

@@ -28,7 +28,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def engine_of(
-    model: Path, strategy: str, dtype: str, attention: str = "sdpa", param_offload: bool = False, **lora: Any
+    model: Path,
+    strategy: str,
+    dtype: str,
+    attention: str = "sdpa",
+    param_offload: bool = False,
+    computes_in: str = "bf16",
+    fsdp_size: int = -1,
+    **lora: Any,
 ) -> Any:
     """verl's engine with its model, as a worker of the trainer makes it; `lora` are keys of its model."""
     from verl.trainer.config import CheckpointConfig
@@ -47,7 +54,12 @@ def engine_of(
             **lora,
         ),
         engine_config=FSDPEngineConfig(
-            strategy=strategy, model_dtype=dtype, use_torch_compile=False, param_offload=param_offload
+            strategy=strategy,
+            model_dtype=dtype,
+            use_torch_compile=False,
+            param_offload=param_offload,
+            mixed_precision={"param_dtype": computes_in},
+            fsdp_size=fsdp_size,
         ),
         optimizer_config=FSDPOptimizerConfig(lr=1e-5, total_training_steps=10),
         checkpoint_config=CheckpointConfig(),

@@ -36,7 +36,7 @@ BACKEND = "actor_rollout_ref.rollout.checkpoint_engine.backend"
         (["trainer.default_local_dir=null"], "trainer.default_local_dir=None: .*give a folder"),
         (["trainer.default_local_dir=hdfs://here/run"], "relex.output_dir='hdfs://here/run/relex': .*folders only"),
         (["relex.on_cut=jump", "model_engine=megatron"], f"{ACTOR}.strategy='megatron': a jump sets the weights of fsdp"),
-        (["relex.on_cut=jump", f"{ACTOR}.fsdp_config.fsdp_size=4"], "fsdp_size=4: .*8 ranks hold copies"),
+        (["relex.on_cut=jump", f"{ACTOR}.fsdp_config.fsdp_size=1"], "fsdp_size=1: .*each of the 8 copies by itself"),
         (["trainer.nnodes=2", "relex.output_dir=/dev/shm/run"], "relex.output_dir='/dev/shm/run': each of the 2 nodes"),
         (["trainer.nnodes=4", "trainer.default_local_dir=/tmp/run"], "relex.output_dir='/tmp/run/relex': each of the 4"),
     ],
@@ -57,7 +57,8 @@ def test_refused_with_key_value_and_cure(overrides: list[str], says: str) -> Non
         ["trainer.default_local_dir=''", "relex.output_dir=/some/where"],
         ["trainer.default_local_dir=/tmp/run"],
         [f"{BACKEND}=delta_sharded"],
-        ["relex.on_cut=jump", f"{ACTOR}.strategy=fsdp2"],
+        ["relex.on_cut=jump", f"{ACTOR}.fsdp_config.fsdp_size=4"],
+        ["relex.on_cut=jump", f"{ACTOR}.strategy=fsdp2", f"{ACTOR}.fsdp_config.fsdp_size=1"],
     ],
 )
 def test_what_can_be_followed_passes(overrides: list[str]) -> None:

@@ -104,6 +104,17 @@ def test_the_colocated_rollout_sleeps_before_it_gets_weights(host: Any, log: lis
     assert log == ["send observed", "abort", "sleep", "update_weights", "resume_generation", "validate", "send None"]
 
 
+@pytest.mark.parametrize("host", ["default", "colocate_async"], indirect=True)
+def test_the_rollout_sleeps_once_while_the_engine_computes(host: Any, log: list[str]) -> None:
+    host.relex_rest()
+    assert log == ["abort", "sleep"]
+    host.relex_restore()
+    assert log == ["abort", "sleep", "send None", "update_weights", "resume_generation"]
+    log.clear()
+    host.relex_restore()
+    assert log == ["send None", "abort", "sleep", "update_weights", "resume_generation"]
+
+
 def test_training_prompts_are_answered_before_other_weights_come(host: Any, log: list[str], queue: Queue) -> None:
     queue.tags["train"] = {"a": {"is_prompt": True, "status": "running"}, "a_0_0": {"status": "success"}}
     host.relex_validate(PREDICTION, METRIC, 60.0)
