@@ -79,6 +79,7 @@ def plan(
     ] = None,
     bandwidth_memory: Annotated[float, typer.Option(min=0.001, help="Host memory of a node, GB/s.")] = 200.0,
     bandwidth_disk: Annotated[float, typer.Option(min=0.001, help="Disk of a node, GB/s.")] = 1.0,
+    overlap: Annotated[bool, typer.Option(help="As relex.overlap: a copy of the weights in host memory.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Memory, disk and time of following a run, from its size alone; with --memory-gib, whether it would be admitted.
@@ -97,6 +98,7 @@ def plan(
                 "sketch_size": sketch_size,
                 "observe_every": int(observe_every) if observe_every.isdigit() else observe_every,
                 "on_cut": on_cut,
+                "overlap": overlap,
                 "max_candidates": max_candidates,
             }
         )
@@ -126,7 +128,9 @@ def _workload(config: RelexConfig, tensors: int, targets: int) -> Workload:
     resolved = config.plan(int(config.t_cut) + 1)
     jump = config.on_cut == "jump"
     written = 0 if jump else predictions_to_write(targets)
-    return Workload(config.kind, tensors, resolved.rows, resolved.observe_every, written, jump=jump)
+    return Workload(
+        config.kind, tensors, resolved.rows, resolved.observe_every, written, jump=jump, overlap=config.overlap
+    )
 
 
 def _ranks(params: int, ranks: int, per_node: int, memory_gib: float | None, on_host: bool) -> list[RankFacts]:
@@ -143,6 +147,7 @@ def _costs(workload: Workload, ranks: Sequence[RankFacts]) -> dict[str, Any]:
         "observed_steps": workload.rows,
         "observe_every": workload.observe_every,
         "memory_a_rank": memory,
+        "memory_for_overlap_a_rank": workload.staging(need.largest),
         "memory_a_node": max(node.memory for node in need.nodes),
         "bytes_a_parameter": round(memory / need.largest, 2),
         "disk_trajectory": need.trajectory,

@@ -127,7 +127,8 @@ class Estimate:
     @property
     def _cheaper(self) -> str:
         others = [name for name in ("bf16", "sketch") if name != self.workload.kind.trajectory]
-        return f"take relex.trajectory={' or '.join(others)}, "
+        copy = "set relex.overlap=false, " if self.workload.overlap else ""
+        return f"{copy}take relex.trajectory={' or '.join(others)}, "
 
     @property
     def _assumed(self) -> str:

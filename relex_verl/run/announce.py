@@ -17,7 +17,7 @@ from relex_verl.run.cut import Verdict
 from relex_verl.run.output import OutputFolder
 from relex_verl.run.schedule import Schedule
 
-__all__ = ["attempt", "report", "show", "spent"]
+__all__ = ["attempt", "ended", "report", "show", "spent"]
 
 logger = logging.getLogger("relex_verl")
 
@@ -29,6 +29,18 @@ def attempt(what: str, work: Callable[[], Any]) -> Any:
     except Exception:
         logger.warning("RELEX: %s failed; the decision stands", what, exc_info=True)
         return None
+
+
+def ended(schedule: Schedule) -> None:
+    """The training is over before the coming cut was."""
+    assert schedule.plan is not None
+    t_cut = schedule.plan.t_cut
+    if schedule.earlier:
+        logger.info(
+            "RELEX: training ended before another cut at step %d. %s", t_cut, schedule.earlier[-1].advice.reason
+        )
+    else:
+        logger.warning("RELEX: training ended before the cut at step %d was scored; the trajectory is kept", t_cut)
 
 
 def report(

@@ -39,6 +39,7 @@ class Workload:
         rows_held: rows that are in memory and on disk already, beside the state; None before theta_0 is taken.
         checkpoint: bytes of a predicted checkpoint, those of the base; None for all in bfloat16.
         jump: the weights may be set to a prediction, and set back.
+        overlap: a copy of the weights is worked on while training goes on.
     """
 
     kind: Kind
@@ -50,6 +51,7 @@ class Workload:
     rows_held: int | None = None
     checkpoint: int | None = None
     jump: bool = False
+    overlap: bool = False
 
     @property
     def row_bytes(self) -> float:
@@ -72,9 +74,14 @@ class Workload:
         held = 0 if self.rows_held is None else self._state_and_rows(elements, self.rows_held)
         return self.memory(elements) - held
 
+    def staging(self, elements: int) -> int:
+        """Of `memory`, the copy of the weights."""
+        return self.kind.state_bytes * elements if self.overlap else 0
+
     def _state_and_rows(self, elements: int, rows: int) -> int:
         kind = self.kind
-        return round(elements * (kind.state_bytes + kind.fixed_bytes + rows * self.row_bytes))
+        kept = round(elements * (kind.state_bytes + kind.fixed_bytes + rows * self.row_bytes))
+        return kept + self.staging(elements)
 
     def trajectory(self, elements: int) -> int:
         """Disk for the trajectory of so many parameters, all ranks together, that is still to be taken."""

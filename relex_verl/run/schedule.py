@@ -14,6 +14,8 @@ from relex_verl.trajectory.kinds import KINDS
 
 __all__ = ["Schedule"]
 
+# A row in so many of those that were to be taken still follows the line; fewer leave nothing to fit.
+MOST_THINNED = 8
 logger = logging.getLogger("relex_verl")
 
 
@@ -41,6 +43,7 @@ class Schedule:
         self.earlier: list[EarlierCut] = []
         self.samples_a_step = samples_a_step
         self._config, self._total_steps, self._first_cut = config, total_steps, self.plan.t_cut
+        self._thinned = 1  # times as rare as configured, see `thin_out`
 
     @property
     def predictions(self) -> list[Prediction]:
@@ -77,11 +80,22 @@ class Schedule:
         if self.plan is None:
             return None
         plan = following(self._config, self.plan, self._first_cut, self._total_steps, self.kind)
+        if plan is not None and self._config.on_cut == "jump":
+            plan = replace(plan, observe_every=plan.observe_every * self._thinned)
         if plan is None or not self.jumps:
             return plan
         # The line is about as good again as it was: the search begins where it won last.
         windows = self._horizon(self.jumps[-1])
         return replace(plan, targets=[plan.origin + ceil(windows * (plan.t_cut - plan.origin))])
+
+    def thin_out(self) -> bool:
+        """Have half as many rows from here on; False where they are as rare as that may make them."""
+        if self._thinned == MOST_THINNED:
+            return False
+        assert self.plan is not None
+        self._thinned *= 2
+        self.plan = replace(self.plan, observe_every=2 * self.plan.observe_every)
+        return True
 
     def _horizon(self, cut: EarlierCut) -> float:
         """How many windows far the jump of a cut went; 1 is the cut itself."""

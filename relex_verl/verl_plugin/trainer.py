@@ -124,10 +124,12 @@ class _RelexTrainerMixin:
 
     def fit(self, *args: Any, **kwargs: Any) -> None:
         """Train. verl calls its own `on_train_end` only when a run does not end with its last step."""
+        whole = False
         try:
             super().fit(*args, **kwargs)  # type: ignore[misc]
+            whole = True
         finally:
-            self.relex.on_train_end()
+            self.relex.on_train_end(whole)
 
     # What a validation of other weights needs
 
