@@ -27,7 +27,7 @@ ONLY_HERE = {
     "ray": {"verl_plugin"},
     "hydra": {"verl_plugin"},
     "wandb": set(),
-    "numba": {f"trajectory/kernels/{file}.py" for file in ("compile", "moments", "quantized", "sparse")},
+    "numba": {f"trajectory/kernels/{file}.py" for file in ("compile", "moments", "quantized_loops", "sparse_loops")},
 }
 PURE = {*sys.stdlib_module_names, "torch"}  # what mathematics may import
 MOST_LINES = 300
