@@ -94,7 +94,7 @@ class Workers:
     def _relex_begin(self, step: int) -> None:
         self.origin = step
 
-    def _relex_observe(self, step: int) -> dict[str, float]:
+    def _relex_observe(self, step: int, now: bool) -> dict[str, float]:
         self._write([*self.steps, step])
         return {"relex/changed_share": 0.1, "relex/drift": nan}
 

@@ -27,7 +27,9 @@ ONLY_HERE = {
     "ray": {"verl_plugin"},
     "hydra": {"verl_plugin"},
     "wandb": set(),
-    "numba": {f"trajectory/kernels/{file}.py" for file in ("compile", "entries", "moments", "quantized", "sparse")},
+    "numba": {
+        f"trajectory/kernels/{file}.py" for file in ("compile", "entries", "moments", "quantized_loops", "sparse_loops")
+    },
 }
 PURE = {*sys.stdlib_module_names, "torch"}  # what mathematics may import
 MOST_LINES = 300

@@ -52,7 +52,7 @@ def trainer(option: str, base: Path, log: list[str]) -> Any:
         substitute=substitute, on_save=lambda step: log.append(f"on_save {step}"), wants_scores=False
     )
     host.relex.validated = []
-    host.relex.on_validated = lambda *what: host.relex.validated.append(what)
+    host.relex.on_validated = lambda step, metrics, core: host.relex.validated.append((step, metrics, core()))
     host.global_steps, host.total_training_steps = 4, 20
     host.checkpoint_manager = Replicas("", log)
     host.standalone_checkpoint_manager = Replicas("standalone ", log)

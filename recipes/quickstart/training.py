@@ -70,6 +70,7 @@ def overrides(
         "+relex=default",
         f"relex.output_dir={out / 'relex'}",
         f"relex.t_cut={schedule.cut}",
+        "relex.max_overhead=null",  # steps of a second: which rows are taken is not to depend on what else the machine does
         "relex.on_cut=jump" if schedule.jump else f"relex.targets=[{','.join(map(str, schedule.targets))}]",
     ]
 

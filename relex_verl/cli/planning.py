@@ -85,6 +85,7 @@ def plan(
     ] = None,
     bandwidth_memory: Annotated[float, typer.Option(min=0.001, help="Host memory of a node, GB/s.")] = 200.0,
     bandwidth_disk: Annotated[float, typer.Option(min=0.001, help="Disk of a node, GB/s.")] = 1.0,
+    overlap: Annotated[bool, typer.Option(help="As relex.overlap: a copy of the weights in host memory.")] = True,
     as_json: AsJson = False,
 ) -> None:
     """Memory, disk and time of following a run, from its size alone; with --memory-gib, whether it would be admitted.
@@ -103,6 +104,7 @@ def plan(
                 "sketch_size": sketch_size,
                 "observe_every": int(observe_every) if observe_every.isdigit() else observe_every,
                 "on_cut": on_cut,
+                "overlap": overlap,
                 "max_candidates": max_candidates,
                 "record": record,
                 "keep_best": keep_best,
@@ -140,7 +142,8 @@ def _workload(config: RelexConfig, tensors: int, targets: int, steps: int | None
     rows, later = 0 if resolved is None else resolved.rows, 0 if recorded is None else recorded.rows_after(0)
     plan = resolved or recorded
     assert plan is not None  # without a cut it is recorded
-    return Workload(config.kind, tensors, rows, plan.observe_every, written, jump=jump, recorded=max(0, later - rows))
+    every, after = plan.observe_every, max(0, later - rows)
+    return Workload(config.kind, tensors, rows, every, written, jump=jump, recorded=after, overlap=config.overlap)
 
 
 def _ranks(params: int, ranks: int, per_node: int, memory_gib: float | None, on_host: bool) -> list[RankFacts]:
@@ -158,6 +161,7 @@ def _costs(workload: Workload, ranks: Sequence[RankFacts]) -> dict[str, Any]:
         **({"steps_on_disk_alone": workload.recorded} if workload.recorded else {}),
         "observe_every": workload.observe_every,
         "memory_a_rank": memory,
+        "memory_for_overlap_a_rank": workload.staging(need.largest),
         "memory_a_node": max(node.memory for node in need.nodes),
         "bytes_a_parameter": round(memory / need.largest, 2),
         "disk_trajectory": need.trajectory,

@@ -25,6 +25,10 @@ class Collectives:
         """
         self._group = group
 
+    def of_their_own(self) -> "Collectives":
+        """The same ranks in another group, on the host, for a thread beside the training. Collective."""
+        return self if self.world_size == 1 else Collectives(dist.new_group(backend="gloo"))
+
     @property
     def rank(self) -> int:
         """This process's rank, 0 without a process group."""

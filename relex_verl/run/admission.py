@@ -141,11 +141,12 @@ class Estimate:
 
     @property
     def _cheaper(self) -> str:
+        copy = "set relex.overlap=false, " if self.workload.overlap else ""
         kinds = ("bf16",) if self.workload.recorded else ("bf16", "sketch")
         others = [name for name in kinds if name != self.workload.kind.trajectory]
         if not others:
-            return ""
-        return f"take relex.trajectory={' or '.join(others)}, "
+            return copy
+        return f"{copy}take relex.trajectory={' or '.join(others)}, "
 
     @property
     def _assumed(self) -> str:

@@ -44,6 +44,7 @@ class Workload:
         recorded: rows after the cut, which go to disk and stay nowhere else.
         bounded: the policy is compared before and after.
         copies: ranks that hold the same weights; one of them follows an element, and all are set.
+        overlap: a copy of the weights is worked on while training goes on.
     """
 
     kind: Kind
@@ -58,6 +59,7 @@ class Workload:
     recorded: int = 0
     bounded: bool = False
     copies: int = 1
+    overlap: bool = False
 
     @property
     def row_bytes(self) -> float:
@@ -82,9 +84,14 @@ class Workload:
         held = 0 if self.rows_held is None else self._state_and_rows(elements, self.rows_held)
         return self.memory(elements) - held
 
+    def staging(self, elements: int) -> int:
+        """Of `memory`, the copy of the weights."""
+        return self.kind.state_bytes * elements if self.overlap else 0
+
     def _state_and_rows(self, elements: int, rows: int) -> int:
         kind = self.kind
-        return round(elements * (kind.state_bytes + kind.fixed_bytes + rows * self.row_bytes))
+        kept = round(elements * (kind.state_bytes + kind.fixed_bytes + rows * self.row_bytes))
+        return kept + self.staging(elements)
 
     def trajectory(self, elements: int) -> int:
         """Disk for the trajectory of so many parameters, all ranks together, that is still to be taken."""

@@ -16,6 +16,7 @@ from relex_verl.run.config import ConfigError, RelexConfig
 from relex_verl.run.cut import Verdict, decide, restore
 from relex_verl.run.jump import carry_out, go_on_from, jumps_before
 from relex_verl.run.output import OutputFolder
+from relex_verl.run.overhead import Overhead
 from relex_verl.run.plan import Plan
 from relex_verl.run.protocol import Host, Opened, RunFacts, Setup, Started, Weights
 from relex_verl.run.ranks import Ranks, RelexError
@@ -37,17 +38,12 @@ class RelexCallback:
     """
 
     def __init__(self, config: RelexConfig, run: RunFacts) -> None:
-        """Nothing is read or written yet.
-
-        Args:
-            config: the checked `relex` node.
-            run: what identifies the run.
-        """
+        """Nothing is read or written yet; `run` identifies the run."""
         self.config = config
         self.active = True
         self._run = run
         self._output = OutputFolder(self.config.folder)
-        self._ranks = Ranks(None)
+        self._ranks, self._overhead = Ranks(None), Overhead(config.max_overhead)
         self._schedule: Schedule | None = None
         self._metrics: dict[str, float] = {}  # of the step that was observed last
         self._findings: Findings | None = None  # of a cut whose predictions are still to be scored
@@ -69,7 +65,7 @@ class RelexCallback:
 
     @property
     def wants_scores(self) -> bool:
-        """Whether a cut is waiting for the rollout to be ready."""
+        """Whether a cut waits for the rollout."""
         return self.active and self._findings is not None
 
     # Before the first step: what fails here refuses the run
@@ -140,16 +136,7 @@ class RelexCallback:
     # While it trains
 
     def on_train_begin(self, step: int, host: Host, log: Any) -> dict[str, float]:
-        """Score a cut that an earlier start of this run left without a verdict; the rollout holds the weights of `step`.
-
-        Args:
-            step: the training step that was resumed from.
-            host: the trainer.
-            log: verl's `Tracking`.
-
-        Returns:
-            Metrics of the validations.
-        """
+        """Score a cut that an earlier start left without a verdict, see `on_rollout_ready`; it was resumed from `step`."""
         self._log = log
         return self.on_rollout_ready(step, host)
 
@@ -163,14 +150,21 @@ class RelexCallback:
         Returns:
             Metrics to add to the step's own; empty when there is nothing to do.
         """
-        if not self.active or not self.schedule.observes(step):
+        if not self.active:
             return {}
         self._log = log
-        return self._guard(lambda: self._observe(step)) or {}
+        with self._overhead.step():
+            metrics = self._guard(lambda: self._observe(step)) if self.schedule.observes(step) else {}
+        if self.active and self.schedule.cuts_at(step):
+            self._overhead.forget()
+            self._guard(lambda: self._cut(step))
+        elif self.active and not self._overhead.bearable(self.schedule):
+            self._guard(self._close)
+        return metrics or {}
 
     def on_save(self, step: int) -> None:
         """verl is about to save a checkpoint of this step: put on disk what only memory holds."""
-        if self.active and not self.schedule.kind.keeps_rows:
+        if self.active and (self.config.overlap or not self.schedule.kind.keeps_rows):
             self._guard(lambda: self._ranks.ask("relex_save"))
 
     def on_rollout_ready(self, step: int, host: Host) -> dict[str, float]:
@@ -194,13 +188,15 @@ class RelexCallback:
             restore(host, step)
         return {} if verdict is None else self._guard(lambda: self._conclude(step, findings, verdict, host)) or {}
 
-    def on_validated(self, step: int, metrics: Mapping[str, float], core: str | None) -> None:
-        """verl has validated the policy's own weights of this step; `core` is its core metric, where it has one."""
+    def on_validated(self, step: int, metrics: Mapping[str, float], core: Callable[[], str | None]) -> None:
+        """verl has validated the policy's own weights of this step; `core` finds its core metric, where it has one."""
         if (scores := self._scores) is not None:
-            self._guard(lambda: scores.add(step, metrics, core, self._ranks))
+            self._guard(lambda: scores.add(step, metrics, core(), self._ranks))
 
-    def on_train_end(self) -> None:
-        """The run is over, by whatever way."""
+    def on_train_end(self, whole: bool = True) -> None:
+        """The run is over; where an error ended it (`whole` is False), the ranks may answer no more."""
+        if self.active and whole and self.config.overlap:
+            self._guard(lambda: self._ranks.ask("relex_save"))  # a row may be under way
         if self.active and self._schedule is not None:
             announce.ended(self.schedule, self._output)
         self.active = False
@@ -212,13 +208,14 @@ class RelexCallback:
     # One observed step, and the cut
 
     def _observe(self, step: int) -> dict[str, float]:
-        self._metrics = self._ranks.ask("relex_observe", step)
-        if self.schedule.plan is not None and step == self.plan.t_cut:
-            findings = self._findings = self._fit()
-            if not self.config.validate_targets:
-                self._findings = None
-                self._conclude(step, findings, Verdict(unscored("relex.validate_targets=false")), None)
+        self._metrics = self._ranks.ask("relex_observe", step, self.schedule.cuts_at(step))
         return self._metrics
+
+    def _cut(self, step: int) -> None:
+        findings = self._findings = self._fit()
+        if not self.config.validate_targets:
+            self._findings = None
+            self._conclude(step, findings, Verdict(unscored("relex.validate_targets=false")), None)
 
     def _fit(self) -> Findings:
         """Fit, and write the configured targets before anything is scored: whatever comes, they are there."""

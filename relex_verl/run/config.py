@@ -55,6 +55,9 @@ class RelexConfig:
         validation_timeout_s: seconds after which a validation counts as failed.
         rollout_timeout_s: seconds that the rollout may take to fall asleep, or to take weights, when RELEX asks it to; one
             that takes longer has died, and the run ends.
+        overlap: observe beside the training: a step waits for a copy of the weights, in host memory, and for no more.
+        max_overhead: share of the training's time that observing may hold it up, over 10 steps; above it rows become rarer,
+            and then there are no more. null for no bound.
         on_cut: "advise" only tells; "stop" ends the run when the advice is to stop; "jump" sets the weights to the winner
             and trains on from there, cut after cut.
         recut_every: steps until the next cut after one that did not win; "auto" is as many as the first cut took.
@@ -89,6 +92,8 @@ class RelexConfig:
     confidence: float = 0.95
     validation_timeout_s: float = 3600.0
     rollout_timeout_s: float = 1800.0
+    overlap: bool = True
+    max_overhead: float | None = 0.02
     on_cut: str = "advise"
     recut_every: int | str = "auto"
     window: int | str = "auto"
@@ -125,6 +130,7 @@ class RelexConfig:
         one_of("relex.quantization", self.quantization, QUANTIZATIONS)
         one_of("relex.on_error", self.on_error, ["disable", "raise"])
         one_of("relex.on_cut", self.on_cut, ["advise", "stop", "jump"])
+        self._check_cost()
         self._check_when()
         self._check_fit()
         self._check_sketch()
@@ -142,6 +148,12 @@ class RelexConfig:
                 raise ConfigError("relex.methods", method, cure)
         if not self.kind.keeps_rows and self.rank > self.kind.size:
             raise ConfigError("relex.rank", self.rank, f"relex.sketch_size={self.sketch_size} holds no more directions")
+
+    def _check_cost(self) -> None:
+        if not isinstance(self.overlap, bool):
+            raise ConfigError("relex.overlap", self.overlap, "give true or false")
+        if self.max_overhead is not None and not (is_number(self.max_overhead) and 0 < self.max_overhead < 1):
+            raise ConfigError("relex.max_overhead", self.max_overhead, "give a share of a step's time, or null")
 
     def _check_when(self) -> None:
         if self.t_cut is not None and (not is_number(self.t_cut) or self.t_cut <= 0):

@@ -2,6 +2,7 @@
 
 import logging
 import socket
+import time
 from collections.abc import Iterator
 from functools import cached_property
 from math import nan, prod
@@ -13,10 +14,12 @@ import torch
 from relex_verl.maths.diagnostics import describe, half_backtest, split_half_agreement
 from relex_verl.maths.extrapolators import Prediction
 from relex_verl.maths.window import Window
+from relex_verl.pipeline.beside import Beside
 from relex_verl.pipeline.collectives import Collectives
 from relex_verl.pipeline.gathering import whole_tensors
 from relex_verl.pipeline.observer import Observer
 from relex_verl.pipeline.prediction import predicted_tensors, write_together
+from relex_verl.pipeline.staging import Staging
 from relex_verl.reporting import figures, metrics
 from relex_verl.reporting.findings import Findings
 from relex_verl.run import admission, machine
@@ -25,7 +28,7 @@ from relex_verl.run.jumping_rank import JumpingRank
 from relex_verl.run.protocol import Engine, JumpingEngine, Opened, Samples, Setup, Started, Weights
 from relex_verl.trajectory.collectors import RowRecorder
 from relex_verl.trajectory.kinds import KINDS
-from relex_verl.trajectory.shards import TensorShard
+from relex_verl.trajectory.shards import ShardSource, TensorShard
 
 __all__ = ["RelexRank"]
 
@@ -55,13 +58,37 @@ class RelexRank:
             self._setup, self._engine, self._cost = setup, engine, ""
             self._source = engine.shards(master=kind.wants_master and self._reason is None)
             folder, run, adapters = setup.output_dir / "trajectory", setup.run, engine.adapters
-            made_of = run.base_model, engine.aliases, run.names, kind, self._ranks, adapters
-            self._observer = Observer(folder, *made_of)
+            made_of = run.base_model, engine.aliases, run.names, kind
+        own_ranks = self._ranks.of_their_own() if setup.config.overlap else self._ranks
+        self._observed = Observer(folder, *made_of, own_ranks, adapters)
+        self._staging: Staging | None = None
+        self._beside: Beside[dict[str, float]] = Beside()
+        self._told: dict[str, float] = {}  # metrics of a row that was not waited for
 
     def start(self) -> Started:
         """Check memory and disk and take theta_0, before a checkpoint is loaded."""
         self._observer.start(self._source, admit=self._admit)
+        with self._ranks.together():
+            if self._setup.config.overlap:
+                observed = self._observed
+                self._staging = Staging(observed.held, observed.shapes, observed.kind.dtype)
         return Started(self._observer.kind.name, self._reason, self._cost)
+
+    @property
+    def _observer(self) -> Observer:
+        """What has been recorded, once no row is under way.
+
+        Raises:
+            Exception: what went wrong with the last row.
+        """
+        self._settle()
+        return self._observed
+
+    def _settle(self) -> None:
+        """Wait for the row that is under way. One rank's error is raised on all: none may go on to a collective."""
+        if self._beside.has_outcome:
+            with self._observed.ranks.together():
+                self._told = self._beside.outcome()
 
     def open(self, step: int, recording: bool = False) -> Opened:
         """Open the trajectory after the step that training goes on from; with no cut to come, to record alone."""
@@ -83,26 +110,57 @@ class RelexRank:
         if observer.kind.keeps_rows:
             observer.collector = RowRecorder(observer.kind, observer.held, observer.steps)
 
-    @cached_property
+    @property
     def jumping(self) -> JumpingRank:
-        """What only a run that jumps needs."""
-        folder = self._setup.output_dir / "before_jump"
-        return JumpingRank(cast(JumpingEngine, self._engine), self._observer, self._source, folder, self._samples)
+        """What only a run that jumps needs, once no row is under way."""
+        self._settle()
+        return self._jumping
 
-    def observe(self, step: int) -> dict[str, float]:
-        """Add the row of this step; rank 0 answers with the metrics."""
-        seen = self._observer.observe(step, self._source)
-        if self._ranks.rank:
+    @cached_property
+    def _jumping(self) -> JumpingRank:
+        folder = self._setup.output_dir / "before_jump"
+        return JumpingRank(cast(JumpingEngine, self._engine), self._observed, self._source, folder, self._samples)
+
+    def observe(self, step: int, now: bool) -> dict[str, float]:
+        """Add the row of this step: now, or beside the training, once its weights are copied.
+
+        Args:
+            step: the training step just done.
+            now: wait for the row.
+
+        Returns:
+            Rank 0's metrics: of this row where it was waited for, else of the row before, if that has not been asked for.
+
+        Raises:
+            Exception: what went wrong with this row, or with the one before.
+        """
+        if self._staging is None:
+            return self._record(step, self._source)
+        staging, ranks = self._staging, self._observer.ranks
+        with ranks.together():
+            staging.copy(self._source)
+        self._beside.begin(lambda: self._record(step, staging))
+        if now:
+            self._settle()
+        told, self._told = self._told, {}
+        return told
+
+    def _record(self, step: int, source: ShardSource) -> dict[str, float]:
+        started, observer = time.perf_counter(), self._observed
+        seen = observer.observe(step, source)
+        if observer.ranks.rank:
             return {}
-        if isinstance(self._observer.collector, RowRecorder):
-            return metrics.row_metrics(seen.changed_share, seen.stored_bytes)
+        if isinstance(observer.collector, RowRecorder):
+            told = {"relex/observed_step": float(step), "relex/seconds": time.perf_counter() - started}
+            return told | metrics.row_metrics(seen.changed_share, seen.stored_bytes)
         config = self._setup.config
         # Before the fit begins, this row alone: rows of a warm-up say nothing of what will be fitted.
-        window = self._observer.window().since(min(config.fit_from, step))
+        window = observer.window().since(min(config.fit_from, step))
         described = describe(window, config.rank)
         described |= {"changed_share": seen.changed_share_L, "stored_bytes": seen.stored_bytes_L}
         live = half_backtest(window, "relex", config.rank)
-        return metrics.step_metrics(described, seen.changed_share, seen.stored_bytes, live)
+        told = {"relex/observed_step": float(step), "relex/seconds": time.perf_counter() - started}
+        return told | metrics.step_metrics(described, seen.changed_share, seen.stored_bytes, live)
 
     def save(self) -> None:
         """Put on disk what only memory holds, since the host is about to save a checkpoint of this step."""
@@ -231,6 +289,7 @@ class RelexRank:
         workload = Workload(
             kind, tensors, rows, every, setup.predictions,
             rows_held=rows_held, checkpoint=checkpoint, jump=jump, bounded=bounded, copies=self._copies if jump else 1,
+            overlap=config.overlap,
             recorded=max(0, recorded - (rows - (rows_held or 0))),
         )  # fmt: skip
         estimate = admission.estimate(workload, ranks, disk_free=everyone[0][1], output_dir=setup.output_dir)

@@ -15,6 +15,8 @@ from relex_verl.trajectory.kinds import KINDS
 
 __all__ = ["Schedule"]
 
+# A row in so many of those that were to be taken still follows the line; fewer leave nothing to fit.
+MOST_THINNED = 8
 logger = logging.getLogger("relex_verl")
 
 
@@ -47,6 +49,7 @@ class Schedule:
         self.samples_a_step = samples_a_step
         self._config, self._total_steps = config, total_steps
         self._first_cut = 0 if self.plan is None else self.plan.t_cut
+        self._thinned = 1  # times as rare as configured, see `thin_out`
 
     @property
     def recording(self) -> Recording | None:
@@ -58,6 +61,10 @@ class Schedule:
         self._reach(step)
         following = self.plan or self.recording
         return following is not None and following.observes(step)
+
+    def cuts_at(self, step: int) -> bool:
+        """Whether the coming cut is at this step."""
+        return self.plan is not None and step == self.plan.t_cut
 
     @property
     def predictions(self) -> list[Prediction]:
@@ -106,11 +113,25 @@ class Schedule:
         if self.plan is None:
             return None
         plan = following(self._config, self.plan, self._first_cut, self._total_steps, self.kind)
+        if plan is not None and self._config.on_cut == "jump":
+            plan = replace(plan, observe_every=plan.observe_every * self._thinned)
         if plan is None or not self.jumps:
             return plan
         # The line is about as good again as it was: the search begins where it won last.
         windows = self._horizon(self.jumps[-1])
         return replace(plan, targets=[plan.origin + ceil(windows * (plan.t_cut - plan.origin))])
+
+    def thin_out(self) -> int | None:
+        """Have half as many rows from here on: the steps between two. None, and no more, where they are rare already."""
+        if self._thinned == MOST_THINNED:
+            self.recordings = {}
+            return None
+        self._thinned *= 2
+        self.recordings = {name: one.thinner() for name, one in self.recordings.items()}
+        if self.plan is not None:
+            self.plan = replace(self.plan, observe_every=2 * self.plan.observe_every)
+        following = self.plan or self.recording
+        return None if following is None else following.observe_every
 
     def _horizon(self, cut: EarlierCut) -> float:
         """How many windows far the jump of a cut went; 1 is the cut itself."""

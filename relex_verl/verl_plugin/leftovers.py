@@ -6,13 +6,13 @@ one, and a status is written in two parts, so the second half of a write that wa
 
 import logging
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import transfer_queue as tq
 
-__all__ = ["POLL_SECONDS", "being_answered", "clear_settled", "left_out", "settle"]
+__all__ = ["POLL_SECONDS", "being_answered", "clear_settled", "drain", "left_out", "settle"]
 
 logger = logging.getLogger("relex_verl")
 
@@ -26,6 +26,17 @@ UNSETTLED = (
 def being_answered(partition: str) -> set[str]:
     """The prompts of a partition ("train" or "val") that have not settled."""
     return _unsettled(_tags(partition))
+
+
+def drain(check: Callable[[], None]) -> None:
+    """Wait until no training prompt is being generated: none may be answered by other weights than the policy's.
+
+    Args:
+        check: called while waiting; it may raise.
+    """
+    while being_answered("train"):
+        check()
+        time.sleep(POLL_SECONDS)
 
 
 def clear_settled() -> set[str]:

@@ -49,6 +49,14 @@ class Probe:
     marks: list[str] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
 
+    def see(
+        self, sources: Any, uids: Any, values: Mapping[str, Any], expected: Mapping[tuple[str, str], int] | None
+    ) -> None:
+        """Take what verl makes its metrics of."""
+        self.sources, self.uids = [str(source) for source in sources], [str(uid) for uid in uids]
+        self.values = {name: list(of_samples) for name, of_samples in values.items()}
+        self.expected = dict(expected or {})
+
     def validation(self, metrics: Mapping[str, float], metric: str | None, seconds: float) -> Validation:
         """What is kept.
 

@@ -121,10 +121,7 @@ class EngineSource:
             exported, _ = self.engine.get_per_tensor_param_shard()
             yield from exported
             return
-        from verl.utils.device import get_device_id
-
-        for name, local, spec in self._own():  # weights that verl keeps on the host change on the device, step by step
-            yield name, local.to(get_device_id(), non_blocking=True), spec
+        yield from self._own()
 
     def _own(self) -> Iterator[Own]:
         """The master weights in place, under the names of the checkpoint."""

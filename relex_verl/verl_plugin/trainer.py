@@ -1,7 +1,7 @@
 """verl's three trainers with RELEX's hooks. They lend what only a trainer has; the callback makes the decisions."""
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 import ray
@@ -127,8 +127,10 @@ class _RelexTrainerMixin:
         """Train. verl calls its own `on_train_end` only when a run does not end with its last step."""
         try:
             super().fit(*args, **kwargs)  # type: ignore[misc]
-        finally:
-            self.relex.on_train_end()
+        except BaseException:
+            self.relex.on_train_end(whole=False)
+            raise
+        self.relex.on_train_end()
 
     # What a validation of other weights needs
 
@@ -151,8 +153,8 @@ class _RelexTrainerMixin:
             raise ValueError("the validation set is empty")
         start, loader = time.perf_counter(), self.val_dataloader
         with same_random_state(loader), deadline(self.replay_buffer, timeout) as check:
-            self._relex_drain(check)
-            self._relex_probe = probe = Probe(str(self.val_dataset[0].get("data_source", "unknown")))
+            leftovers.drain(check)
+            self._relex_probe = probe = Probe(self._relex_source())
             self.val_dataloader = rows = WatchedRows(loader, places)
             try:
                 self.relex.substitute(weights)
@@ -203,8 +205,7 @@ class _RelexTrainerMixin:
         with leftovers.left_out(self.replay_buffer, self._relex_lost):
             metrics: dict[str, float] = super()._validate()  # type: ignore[misc]
         if self._relex_probe is None:  # the policy's own weights
-            source = str(self.val_dataset[0].get("data_source", "unknown")) if len(self.val_dataset) else ""
-            self.relex.on_validated(self.global_steps, metrics, core_metric(metrics, source))
+            self.relex.on_validated(self.global_steps, metrics, lambda: core_metric(metrics, self._relex_source()))
         return metrics
 
     def _maybe_log_val_generations(self, inputs: list[str], outputs: list[str], scores: list[float]) -> None:
@@ -222,19 +223,13 @@ class _RelexTrainerMixin:
         self, data_sources: Any, sample_uids: Any, infos: Any, sample_turns: Any, expected_acc_counts: Any = None
     ) -> Any:
         if self._relex_probe is not None:
-            self._relex_probe.sources = [str(source) for source in data_sources]
-            self._relex_probe.uids = [str(uid) for uid in sample_uids]
-            self._relex_probe.values = {name: list(values) for name, values in infos.items()}
-            self._relex_probe.expected = dict(expected_acc_counts or {})
+            self._relex_probe.see(data_sources, sample_uids, infos, expected_acc_counts)
         return super()._val_metrics_update(  # type: ignore[misc]
             data_sources, sample_uids, infos, sample_turns, expected_acc_counts=expected_acc_counts
         )
 
-    def _relex_drain(self, check: Callable[[], None]) -> None:
-        """Wait until no training prompt is being generated: none may be answered by other weights than the policy's."""
-        while leftovers.being_answered("train"):
-            check()
-            time.sleep(leftovers.POLL_SECONDS)
+    def _relex_source(self) -> str:
+        return str(self.val_dataset[0].get("data_source", "unknown")) if len(self.val_dataset) else ""
 
     def _relex_sleep(self) -> None:
         """Abort what the rollout generates and put it to sleep, as verl does before it trains with partial rollouts."""

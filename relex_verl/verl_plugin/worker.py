@@ -59,9 +59,9 @@ class _RelexWorkerMixin:
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     @answers
-    def relex_observe(self, step: int) -> dict[str, float]:
+    def relex_observe(self, step: int, now: bool) -> dict[str, float]:
         """See `RelexRank.observe`."""
-        return self._relex.observe(step)
+        return self._relex.observe(step, now)
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     @answers

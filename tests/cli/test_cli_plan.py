@@ -18,7 +18,7 @@ from relex_verl.trajectory.kinds import KINDS
 
 TOTAL = 200
 METHODS = ["relex", "raw-ols"]
-EIGHT = ("plan", "--params", "8e9", "--t-cut", 75)
+EIGHT = ("plan", "--params", "8e9", "--t-cut", 75, "--no-overlap")
 # Encoding -> options of `plan`, each the value of the key under `relex` with its name.
 ENCODED: dict[str, dict[str, Any]] = {
     "bf16": {"trajectory": "bf16", "t_cut": 75},  # 75 rows
@@ -142,6 +142,9 @@ def test_bytes_a_parameter(arguments: tuple[str, ...], bytes_a_parameter: float)
     assert found["memory_a_node"] == pytest.approx(8e9 * bytes_a_parameter, rel=1e-6)
     with_gram = json_of(*EIGHT, "--tensors", 300, *arguments)["memory_a_rank"]
     assert with_gram - found["memory_a_rank"] == 2 * 300 * found["observed_steps"] ** 2 * 8
+    copied = json_of(*EIGHT, "--overlap", "--tensors", 0, *arguments)
+    assert copied["memory_a_rank"] - found["memory_a_rank"] == copied["memory_for_overlap_a_rank"]
+    assert copied["memory_for_overlap_a_rank"] == (2 if "bf16" in arguments else 4) * 1e9
 
 
 def test_nodes_may_be_unevenly_full() -> None:

@@ -161,7 +161,7 @@ def test_later_rows_fit_into_just_what_they_take(
     rank.start()
     rank.open(0)
     for engine.step in (1, 2, 3):
-        rank.observe(engine.step)
+        rank.observe(engine.step, now=False)
     shapes = [tensor.numel() for tensor in weights_of(base).values()]
     name = {"bf16": "bf16", "fp32": "fp32-int8", "sketch": "sketch-4"}[trajectory]
     later = Workload(KINDS[name], len(shapes), 3 + 9, observe_every=1, predictions=2, rows_held=3)

@@ -254,9 +254,14 @@ def test_a_sketch_of_rounded_weights_is_told(tmp_path: Path, caplog: pytest.LogC
     assert "relex.trajectory=sketch follows bfloat16 weights: no master weights" in caplog.text
 
 
-@pytest.mark.parametrize(("trajectory", "saves"), [("sketch", 1), ("fp32", 0)])
-def test_a_sketch_is_saved_with_verls_checkpoints(tmp_path: Path, trajectory: str, saves: int) -> None:
-    callback, workers = started(tmp_path, trajectory=trajectory)
+@pytest.mark.parametrize(
+    ("trajectory", "overlap", "saves"), [("sketch", False, 1), ("fp32", False, 0), ("fp32", True, 1)]
+)
+def test_what_is_not_on_disk_is_saved_with_verls_checkpoints(
+    tmp_path: Path, trajectory: str, overlap: bool, saves: int
+) -> None:
+    """A sketch, and a row that is under way."""
+    callback, workers = started(tmp_path, trajectory=trajectory, overlap=overlap)
     train(callback, 1, 2)
     callback.on_save(2)
     assert workers.calls.count("relex_save") == saves

@@ -19,18 +19,18 @@ def test_a_recorded_row_says_what_it_is_by_itself(base: Path, tmp_path: Path, tr
     assert "3 rows and 17 more, on disk alone," in rank.start().cost
     rank.open(0)
     for engine.step in (1, 2, 3):
-        assert "relex/explained_variance/mean" in rank.observe(engine.step)
+        assert "relex/explained_variance/mean" in rank.observe(engine.step, now=True)
     rank.record()
     for engine.step in (4, 5):
-        seen = rank.observe(engine.step)
-        assert sorted(seen) == ["relex/changed_share", "relex/stored_bytes"]
+        seen = rank.observe(engine.step, now=True)
+        assert sorted(seen) == ["relex/changed_share", "relex/observed_step", "relex/seconds", "relex/stored_bytes"]
     stored = sum(int(Trajectory(tmp_path / "trajectory").load(0, n).bytes_of_tensors().sum()) for n in range(1, 6))
     assert seen["relex/stored_bytes"] == stored
     again, engine = rank_of(base, tmp_path, trajectory=trajectory, record="run")
     again.start()
     assert again.open(5, recording=True).steps == [1, 2, 3, 4, 5]
     engine.step = 6
-    assert again.observe(6)["relex/stored_bytes"] > stored
+    assert again.observe(6, now=True)["relex/stored_bytes"] > stored
 
 
 @pytest.mark.parametrize("trajectory", ["bf16", "fp32", "sketch"])
@@ -40,13 +40,13 @@ def test_the_weights_that_are_kept_are_the_engines(base: Path, tmp_path: Path, t
     rank.start()
     rank.open(0)
     for engine.step in (1, 2, 3):
-        rank.observe(engine.step)
+        rank.observe(engine.step, now=True)
     rank.record()
     engine.step = 4
     rank.keep(tmp_path / "kept", {"step": 4})
     kept, true = weights(tmp_path / "kept"), DriftingModel(weights_of(base)).at(4)
     assert all(torch.equal(kept[name], tensor.to(kept[name].dtype)) for name, tensor in true.items())
     if trajectory == "bf16":
-        rank.observe(4)
+        rank.observe(4, now=True)
         states = {shard.name: shard.data for shard in replay.states(Trajectory(tmp_path / "trajectory"), 4)}
         assert all(torch.equal(kept[name].flatten(), data) for name, data in states.items())

@@ -99,7 +99,7 @@ def follow(worker: Any, steps: range) -> list[dict[str, torch.Tensor]]:
     for step in steps:
         move_adapters(worker.actor.engine, step)
         states.append(adapters_of(worker.actor.engine))
-        asked(worker.relex_observe(step))
+        asked(worker.relex_observe(step, False))
     return states
 
 
@@ -142,7 +142,7 @@ def resume(root: Path, strategy: str, kind: str) -> None:
     for step in range(1, STEPS + 2):
         move_adapters(worker.actor.engine, step)
     seen["last"] = adapters_of(worker.actor.engine)
-    asked(worker.relex_observe(STEPS + 1))
+    asked(worker.relex_observe(STEPS + 1, False))
     asked(worker.relex_write(PREDICTION, out / "predicted", {"method": "relex"}))
     asked(worker.relex_start(replace(worker._relex._setup, output_dir=root / "none")))
     seen["refused"] = worker.relex_open(4).error

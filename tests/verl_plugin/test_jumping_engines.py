@@ -92,7 +92,7 @@ def rank_of(engine: Any, root: Path, out: Path) -> Any:
 def train(engine: Any, rank: Any, first: int, last: int) -> None:
     for step in range(first, last + 1):
         learn(engine, step)
-        rank.observe(step)
+        rank.observe(step, now=False)
 
 
 def state_of(engine: Any) -> dict[str, torch.Tensor]:

@@ -18,9 +18,22 @@ from relex_verl.trajectory.kernels.arrays import Array, addresses
 from relex_verl.trajectory.kernels.compile import at, float_of, kernel
 from relex_verl.trajectory.parallel import share
 
-__all__ = ["BLOCKS", "entries_of", "exact_of", "exceptions_of", "product", "products", "scratch", "starts_of"]
+__all__ = [
+    "BLOCKS",
+    "LOW",
+    "ONE",
+    "SIX",
+    "entries_of",
+    "exact_of",
+    "exceptions_of",
+    "product",
+    "products",
+    "scratch",
+    "starts_of",
+]
 
 BLOCKS = 8  # that a thread takes at a time
+ONE, SIX, EIGHT, LOW = (np.uint64(number) for number in (1, 6, 8, 63))
 COUNT, INDEX, VALUE, ODD_INDEX, ODD_OLD, ODD_NEW = range(6)  # columns of a table: the fields of an increment
 _LOCAL = threading.local()
 
@@ -31,9 +44,9 @@ def products(increments: Sequence[SparseIncrement], numel: int, wanted: Sequence
     starts, total = starts_of(table, blocks), np.zeros((len(wanted), len(increments)))
 
     def look(block: int) -> Array:
-        bits, dense, *_ = scratch()
+        bits, dense, hits, *_ = scratch()
         sums = np.zeros_like(total)
-        _pairs(table, starts, rows, block, bits, dense, sums)
+        _pairs(table, starts, rows, block, bits, dense, hits, sums)
         return sums
 
     for first in range(0, blocks, BLOCKS):  # not all at once: their sums would take more memory than the rows
@@ -43,12 +56,13 @@ def products(increments: Sequence[SparseIncrement], numel: int, wanted: Sequence
 
 
 def scratch() -> tuple[Array, ...]:
-    """This thread's: a bit and a change for each element of a block; entries, as many as `BLOCKS` can have, not in memory
-    before they are written."""
+    """This thread's: a bit and a change for each element of `BLOCKS`; positions of a block's entries; and an entry for each
+    element. Not in memory before they are written."""
     if not hasattr(_LOCAL, "arrays"):
         most = BLOCKS * BLOCK
         types = np.int16, np.int16, np.int64, np.int16, np.int16
-        _LOCAL.arrays = np.zeros(BLOCK // 64, np.uint64), np.empty(BLOCK), *(np.empty(most, one) for one in types)
+        entries = (np.empty(most, one) for one in types)
+        _LOCAL.arrays = np.zeros(most // 64, np.uint64), np.empty(most), np.empty(BLOCK, np.uint64), *entries
     return _LOCAL.arrays
 
 
@@ -104,24 +118,44 @@ def exceptions_of(table, row, block):
 
 
 @kernel
-def product(table, starts, row, block, bits, dense):
-    """The changes in `dense`, which are where `bits` says, times those of a row in that block."""
-    total = 0.0
+def product(table, starts, row, block, base, bits, dense, hits):
+    """Inner product of a row's changes of a block with those that `bits` marks, which stand in `dense` from `base` on.
+
+    Entries whose weights have changed again are found first, hardly one of a hundred: what the second loop reads for them
+    comes from far away, and does not have to wait for one another.
+    """
     entries, changes = entries_of(table, starts, row, block)
-    for k in range(len(entries)):
-        i = entries[k]
-        if (bits[i >> 6] >> np.uint64(i & 63)) & np.uint64(1):
-            total += dense[i] * exact_of(changes[k])
+    count, found, base = np.uint64(len(entries)), np.uint64(0), np.uint64(base)
+    k = np.uint64(0)
+    while k < count:
+        if k + EIGHT <= count:
+            common = np.uint64(0)
+            for j in range(8):
+                i = base + np.uint64(entries[k + np.uint64(j)])
+                common |= bits[i >> SIX] >> (i & LOW)
+            if not common & ONE:
+                k += EIGHT
+                continue
+        until = min(k + EIGHT, count)
+        while k < until:
+            i = base + np.uint64(entries[k])
+            hits[found] = k
+            found += (bits[i >> SIX] >> (i & LOW)) & ONE
+            k += ONE
+    total = 0.0
+    for hit in range(found):
+        k = hits[hit]
+        total += dense[base + np.uint64(entries[k])] * exact_of(changes[k])
     positions, olds, news = exceptions_of(table, row, block)
-    for k in range(len(positions)):
-        i = positions[k] - block * BLOCK
-        if (bits[i >> 6] >> np.uint64(i & 63)) & np.uint64(1):
-            total += dense[i] * (exact_of(news[k]) - exact_of(olds[k]))
+    for odd in range(len(positions)):
+        i = base + np.uint64(positions[odd] - block * BLOCK)
+        if (bits[i >> SIX] >> (i & LOW)) & ONE:
+            total += dense[i] * (exact_of(news[odd]) - exact_of(olds[odd]))
     return total
 
 
 @kernel
-def _pairs(table, starts, wanted, block, bits, dense, sums):
+def _pairs(table, starts, wanted, block, bits, dense, hits, sums):
     """A block's products of each row that is wanted with itself and with those before, into `sums`."""
     for w in range(len(wanted)):
         entries, changes = entries_of(table, starts, wanted[w], block)
@@ -136,5 +170,5 @@ def _pairs(table, starts, wanted, block, bits, dense, sums):
             bits[i >> 6] |= np.uint64(1) << np.uint64(i & 63)
         if len(entries) or len(positions):
             for row in range(wanted[w] + 1):
-                sums[w, row] = product(table, starts, row, block, bits, dense)
-            bits[:] = 0
+                sums[w, row] = product(table, starts, row, block, 0, bits, dense, hits)
+            bits[: BLOCK // 64] = 0

@@ -10,14 +10,15 @@ import torch
 
 from relex_verl.trajectory.encodings.moments import CHUNK, GROUP, Moment
 from relex_verl.trajectory.kernels.arrays import addresses, readable, words
-from relex_verl.trajectory.kernels.compile import at, kernel, tree
+from relex_verl.trajectory.kernels.compile import address, at, kernel, prefetch, tree
 from relex_verl.trajectory.parallel import share
 
 __all__ = ["accumulate", "add_row"]
 
 LANES = 64
+LINE = 16  # float32 of a cache line
 PIECE = GROUP * LANES
-INFINITE = np.uint32(0x7F800000)
+INFINITE, MAGNITUDE = np.uint32(0x7F800000), np.uint32(0x7FFFFFFF)
 
 
 def add_row(
@@ -78,8 +79,8 @@ def _add_row(origin, now, shift, table, weights, mixed, chunk, sums):
     size = len(table)
     words = np.empty(PIECE, np.uint32)
     delta, rows = words.view(np.float32), np.empty((size + 1, PIECE), np.float32)
-    before = np.empty((size, PIECE), np.float32)
-    products = np.empty(GROUP)
+    before, wide = np.empty((size, PIECE), np.float32), np.empty((size + 1, GROUP))
+    halves = np.empty(GROUP // 2)
     lanes = np.zeros((sums.shape[1], LANES))
     first, end = chunk * CHUNK, min((chunk + 1) * CHUNK, len(origin))
     for start in range(first, end, PIECE):
@@ -87,50 +88,102 @@ def _add_row(origin, now, shift, table, weights, mixed, chunk, sums):
         groups = -(-count // GROUP)
         for i in range(count):
             words[i] = np.uint32(now[start + i]) << shift
-        largest = np.uint32(0)
         for i in range(count):
             delta[i] -= origin[start + i]
-        for i in range(count):
-            largest = max(largest, np.uint32(words[i] & np.uint32(0x7FFFFFFF)))
-        if largest >= INFINITE:
+        if _largest(words, count, address(now, start + PIECE), address(origin, start + PIECE)) >= INFINITE:
             return False
         rows[:, count : groups * GROUP] = np.float32(0)
         for j in range(size):
             moment = numba.carray(at(table[j, 0, 0] + 4 * start), (count,), np.float32)
-            before[j, :count] = moment
-        for j in range(size):
-            moment = numba.carray(at(table[j, 0, 0] + 4 * start), (count,), np.float32)
-            weight, row = weights[j], rows[j]
             if len(mixed):
-                factor, other = mixed[j, 0], before[0]
+                _fetch(before[j], moment)
+            else:
+                _add(rows[j], moment, delta, weights[j])
+        if len(mixed):
+            for j in range(size):
+                row, factor, other = rows[j], mixed[j, 0], before[0]
                 for i in range(count):
                     row[i] = other[i] * factor
                 for k in range(1, size):
                     factor, other = mixed[j, k], before[k]
                     for i in range(count):
                         row[i] += other[i] * factor
+                weight, moment = weights[j], numba.carray(at(table[j, 0, 0] + 4 * start), (count,), np.float32)
                 for i in range(count):
                     row[i] += delta[i] * weight
-            else:
-                other = before[j]
-                for i in range(count):
-                    row[i] = other[i] + delta[i] * weight
-            moment[:] = row[:count]
+                moment[:] = row[:count]
         rows[size, :count] = delta[:count]
-        pair = 0
-        for j in range(size + 1):
-            one = rows[j]
-            for k in range(j if j == size else 0, j + 1):
-                other = rows[k]
-                for group in range(groups):
-                    begin = group * GROUP
-                    for i in range(GROUP):
-                        products[i] = np.float64(one[begin + i]) * np.float64(other[begin + i])
-                    lanes[pair, group] += tree(products)
-                pair += 1
+        _products(rows, groups, wide, halves, lanes)
     for pair in range(len(lanes)):
         sums[chunk, pair] = tree(lanes[pair])
     return True
+
+
+@kernel
+def _largest(words, count, one, other):
+    """Bits of the largest magnitude; the cache lines of what comes next are fetched meanwhile."""
+    largest, lines = np.uint32(0), count // LINE
+    for line in range(lines):
+        prefetch(one + np.uint64(64 * line))
+        prefetch(other + np.uint64(64 * line))
+        for i in range(LINE):
+            largest = max(largest, np.uint32(words[line * LINE + i] & MAGNITUDE))
+    for i in range(lines * LINE, count):
+        largest = max(largest, np.uint32(words[i] & MAGNITUDE))
+    return largest
+
+
+@kernel
+def _fetch(copy, moment):
+    """A moment's piece into scratch; the cache lines of the next are fetched meanwhile."""
+    ahead, lines = address(moment, PIECE), len(moment) // LINE
+    for line in range(lines):
+        prefetch(ahead + np.uint64(64 * line))
+        for i in range(LINE):
+            copy[line * LINE + i] = moment[line * LINE + i]
+    for i in range(lines * LINE, len(moment)):
+        copy[i] = moment[i]
+
+
+@kernel
+def _add(row, moment, delta, weight):
+    """A moment's piece with the row's part, in place and into scratch; the cache lines of the next are fetched meanwhile."""
+    ahead, lines = address(moment, PIECE), len(moment) // LINE
+    for line in range(lines):
+        prefetch(ahead + np.uint64(64 * line))
+        for i in range(line * LINE, (line + 1) * LINE):
+            row[i] = moment[i] + delta[i] * weight
+            moment[i] = row[i]
+    for i in range(lines * LINE, len(moment)):
+        row[i] = moment[i] + delta[i] * weight
+        moment[i] = row[i]
+
+
+@kernel
+def _products(rows, groups, wide, sums, lanes):
+    """Adds each group's inner products of rows with rows to its lane, and of the last row with itself alone; by `tree`."""
+    last = len(rows) - 1
+    for group in range(groups):
+        begin = group * GROUP
+        for j in range(last + 1):
+            row, exact = rows[j], wide[j]
+            for i in range(GROUP):
+                exact[i] = np.float64(row[begin + i])
+        pair = 0
+        for j in range(last + 1):
+            one = wide[j]
+            for k in range(j if j == last else 0, j + 1):
+                other = wide[k]
+                for i in range(32):
+                    sums[i] = one[i] * other[i] + one[i + 32] * other[i + 32]
+                for i in range(16):
+                    sums[i] += sums[i + 16]
+                for i in range(8):
+                    sums[i] += sums[i + 8]
+                for i in range(4):
+                    sums[i] += sums[i + 4]
+                lanes[pair, group] += (sums[0] + sums[2]) + (sums[1] + sums[3])
+                pair += 1
 
 
 @kernel
