@@ -27,7 +27,7 @@ def config(
 ) -> tuple[RelexConfig, RunFacts]:
     """A run that is cut at step 4."""
     targets = {} if relex.get("on_cut") == "jump" else {"targets": [20]}
-    node = {"output_dir": str(folder), **targets, "t_cut": CUT, "observe_every": 1, **relex}
+    node = {"output_dir": str(folder), **targets, "t_cut": CUT, "observe_every": 1, "max_overhead": None, **relex}
     return RelexConfig.from_mapping(node), RunFacts("base", "p", experiment, resume_mode)
 
 

@@ -7,7 +7,7 @@ do not bear out is none.
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import comb
 from typing import NamedTuple, Protocol
 
@@ -56,7 +56,7 @@ class Advice:
     prompts: int = 0
     p_value: float | None = None
     alpha: float | None = None
-    kl: float | None = None
+    kl: float | None = field(default=None, metadata={"written": "if known"})  # see `reporting.records`
 
 
 class Scores(Protocol):

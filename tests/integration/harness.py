@@ -39,7 +39,6 @@ METRIC = "val-core/addition/acc/mean@1"
 # The runs that are compared with one another.
 STEPS, CUT, TARGETS = 6, 4, [6, 12]
 RELEX = [f"relex.t_cut={CUT}", f"relex.targets={TARGETS}", "relex.max_candidates=2", f"relex.score_metric={METRIC}"]
-RELEX += ["relex.max_overhead=null"]  # steps of a second, on a machine that others may use
 # What verl's checkpoints hold: with its Hugging Face export, and without.
 EXPORT = "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]"
 SHARDS = "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra]"
@@ -134,6 +133,8 @@ def command(
         "actor_rollout_ref.actor.optim.lr=1e-5",
     ]
     ours = [] if relex is None else [f"+relex={option}", f"relex.output_dir={out / 'relex'}", *relex]
+    if relex is not None:
+        ours.append("relex.max_overhead=null")  # steps of a second, on a machine that others may use
     return [sys.executable, "-m", "verl.trainer.main_ppo", *plain, *small, *ours, *extra]
 
 
