@@ -10,7 +10,7 @@ import torch
 
 from relex_verl.trajectory.encodings.moments import CHUNK, GROUP, Moment
 from relex_verl.trajectory.kernels.arrays import addresses, readable, words
-from relex_verl.trajectory.kernels.compile import address, at, kernel, prefetch, tree
+from relex_verl.trajectory.kernels.compile import address, at, float_of, kernel, prefetch, tree, word_of
 from relex_verl.trajectory.parallel import share
 
 __all__ = ["accumulate", "add_row"]
@@ -77,20 +77,15 @@ def accumulate(
 def _add_row(origin, now, shift, table, weights, mixed, chunk, sums):
     """A chunk's moments, in place, and its part of S S^T and of the row's square into `sums`; whether all is finite."""
     size = len(table)
-    words = np.empty(PIECE, np.uint32)
-    delta, rows = words.view(np.float32), np.empty((size + 1, PIECE), np.float32)
+    delta, rows = np.empty(PIECE, np.float32), np.empty((size + 1, PIECE), np.float32)
     before, wide = np.empty((size, PIECE), np.float32), np.empty((size + 1, GROUP))
-    halves = np.empty(GROUP // 2)
+    halves = np.empty(GROUP // 4)
     lanes = np.zeros((sums.shape[1], LANES))
     first, end = chunk * CHUNK, min((chunk + 1) * CHUNK, len(origin))
     for start in range(first, end, PIECE):
         count = min(PIECE, end - start)
         groups = -(-count // GROUP)
-        for i in range(count):
-            words[i] = np.uint32(now[start + i]) << shift
-        for i in range(count):
-            delta[i] -= origin[start + i]
-        if _largest(words, count, address(now, start + PIECE), address(origin, start + PIECE)) >= INFINITE:
+        if _load(now[start : start + count], shift, origin[start : start + count], delta) >= INFINITE:
             return False
         rows[:, count : groups * GROUP] = np.float32(0)
         for j in range(size):
@@ -120,16 +115,20 @@ def _add_row(origin, now, shift, table, weights, mixed, chunk, sums):
 
 
 @kernel
-def _largest(words, count, one, other):
-    """Bits of the largest magnitude; the cache lines of what comes next are fetched meanwhile."""
-    largest, lines = np.uint32(0), count // LINE
+def _load(now, shift, origin, delta):
+    """Changes since the origin, and the bits of their largest magnitude; what comes next is fetched meanwhile."""
+    largest, count, lines = np.uint32(0), len(origin), len(origin) // LINE
     for line in range(lines):
-        prefetch(one + np.uint64(64 * line))
-        prefetch(other + np.uint64(64 * line))
-        for i in range(LINE):
-            largest = max(largest, np.uint32(words[line * LINE + i] & MAGNITUDE))
+        begin = line * LINE
+        prefetch(address(now, begin + PIECE))
+        prefetch(address(origin, begin + PIECE))
+        for i in range(begin, begin + LINE):
+            delta[i] = float_of(np.uint32(now[i]) << shift) - origin[i]
+        for i in range(begin, begin + LINE):
+            largest = max(largest, np.uint32(word_of(delta[i]) & MAGNITUDE))
     for i in range(lines * LINE, count):
-        largest = max(largest, np.uint32(words[i] & MAGNITUDE))
+        delta[i] = float_of(np.uint32(now[i]) << shift) - origin[i]
+        largest = max(largest, np.uint32(word_of(delta[i]) & MAGNITUDE))
     return largest
 
 
@@ -174,10 +173,9 @@ def _products(rows, groups, wide, sums, lanes):
             one = wide[j]
             for k in range(j if j == last else 0, j + 1):
                 other = wide[k]
-                for i in range(32):
-                    sums[i] = one[i] * other[i] + one[i + 32] * other[i + 32]
                 for i in range(16):
-                    sums[i] += sums[i + 16]
+                    first = one[i] * other[i] + one[i + 32] * other[i + 32]
+                    sums[i] = first + (one[i + 16] * other[i + 16] + one[i + 48] * other[i + 48])
                 for i in range(8):
                     sums[i] += sums[i + 8]
                 for i in range(4):

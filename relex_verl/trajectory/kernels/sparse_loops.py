@@ -9,6 +9,7 @@ from relex_verl.trajectory.kernels.entries import LOW, ONE, SIX, entries_of, exa
 
 __all__ = ["accumulate", "advance", "take"]
 
+AHEAD = 16  # entries between the one whose weight is fetched and the one that is applied
 WORD = 4096  # weights that are compared in one go; where they differ is then looked at by fours
 INFINITE = np.uint16(0x7F80)
 
@@ -114,6 +115,7 @@ def advance(old, table, starts, first, last):
     for block in range(first, last):
         entries, changes = entries_of(table, starts, 0, block)
         for k in range(len(entries)):
+            prefetch(address(old, block * BLOCK + entries[min(k + AHEAD, len(entries) - 1)]))
             i = block * BLOCK + entries[k]
             after = np.float32(np.float32(exact_of(old[i])) + np.float32(exact_of(changes[k])))
             old[i] = _rounded(word_of(after))
