@@ -239,9 +239,9 @@ class Observer:
 
     # What is recorded
 
-    def window(self) -> Window:
-        """All rows so far, the same on every rank."""
-        return self.collector.window(list(self.shapes), self.trajectory.record.origin_step)
+    def window(self, of: slice = slice(None)) -> Window:
+        """All rows so far, the same on every rank; of some tensors only, where others are not wanted."""
+        return self.collector.window(list(self.shapes), self.trajectory.record.origin_step, of)
 
     def histories(self) -> Iterator[ShardHistory]:
         """This rank's shards with all that is kept of them, in the order of the stacks."""

@@ -5,7 +5,7 @@ import socket
 import time
 from collections.abc import Iterator
 from functools import cached_property
-from math import nan, prod
+from math import ceil, nan, prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -33,6 +33,7 @@ from relex_verl.trajectory.shards import ShardSource, TensorShard
 __all__ = ["RelexRank"]
 
 logger = logging.getLogger("relex_verl")
+SAMPLE = 512  # tensors that the figures of a row are of, unless it is a cut's: G of 100,000 would be gigabytes
 
 
 class RelexRank:
@@ -135,17 +136,17 @@ class RelexRank:
             Exception: what went wrong with this row, or with the one before.
         """
         if self._staging is None:
-            return self._record(step, self._source)
+            return self._record(step, self._source, now)
         staging, ranks = self._staging, self._observer.ranks
         with ranks.together():
             staging.copy(self._source)
-        self._beside.begin(lambda: self._record(step, staging))
+        self._beside.begin(lambda: self._record(step, staging, now))
         if now:
             self._settle()
         told, self._told = self._told, {}
         return told
 
-    def _record(self, step: int, source: ShardSource) -> dict[str, float]:
+    def _record(self, step: int, source: ShardSource, whole: bool) -> dict[str, float]:
         started, observer = time.perf_counter(), self._observed
         seen = observer.observe(step, source)
         if observer.ranks.rank:
@@ -155,9 +156,10 @@ class RelexRank:
             return told | metrics.row_metrics(seen.changed_share, seen.stored_bytes)
         config = self._setup.config
         # Before the fit begins, this row alone: rows of a warm-up say nothing of what will be fitted.
-        window = observer.window().since(min(config.fit_from, step))
+        of = slice(None, None, 1 if whole else ceil(len(observer.shapes) / SAMPLE))
+        window = observer.window(of).since(min(config.fit_from, step))
         described = describe(window, config.rank)
-        described |= {"changed_share": seen.changed_share_L, "stored_bytes": seen.stored_bytes_L}
+        described |= {"changed_share": seen.changed_share_L[of], "stored_bytes": seen.stored_bytes_L[of]}
         live = half_backtest(window, "relex", config.rank)
         told = {"relex/observed_step": float(step), "relex/seconds": time.perf_counter() - started}
         return told | metrics.step_metrics(described, seen.changed_share, seen.stored_bytes, live)

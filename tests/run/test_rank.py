@@ -50,3 +50,20 @@ def test_the_weights_that_are_kept_are_the_engines(base: Path, tmp_path: Path, t
         rank.observe(4, now=True)
         states = {shard.name: shard.data for shard in replay.states(Trajectory(tmp_path / "trajectory"), 4)}
         assert all(torch.equal(kept[name].flatten(), data) for name, data in states.items())
+
+
+@pytest.mark.parametrize("trajectory", ["bf16", "sketch"])
+def test_the_figures_of_a_row_are_of_a_sample_and_those_of_a_cut_of_all(
+    base: Path, tmp_path: Path, trajectory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relex_verl.run.rank.SAMPLE", 1)
+    rank, engine = rank_of(base, tmp_path, trajectory=trajectory, overlap=False)
+    rank.start()
+    rank.open(0)
+    for engine.step in (1, 2):
+        sampled = rank.observe(engine.step, now=False)
+    engine.step = 3
+    everything = rank.observe(3, now=True)
+    name = "relex/explained_variance"
+    assert sampled[f"{name}/mean"] == sampled[f"{name}/min"] == sampled[f"{name}/p10"]
+    assert everything[f"{name}/mean"] > everything[f"{name}/min"]

@@ -12,7 +12,9 @@ from relex_verl.trajectory.encodings import MixedStep, PackedStep
 from relex_verl.trajectory.shards import Placement
 from relex_verl.trajectory.store import Trajectory
 
-__all__ = ["Collector", "Held", "Taken", "check_later", "naming"]
+__all__ = ["ALL", "Collector", "Held", "Taken", "check_later", "naming"]
+
+ALL = slice(None)
 
 
 @dataclass
@@ -92,12 +94,13 @@ class Collector(Protocol):
     def snapshot(self) -> PackedStep[Any] | None:
         """All that is kept, to be written now; None where every step has written its own file."""
 
-    def window(self, names: Sequence[str], origin_step: int) -> Window:
+    def window(self, names: Sequence[str], origin_step: int, of: slice = ALL) -> Window:
         """The rows; smoothed to polynomials for a sketch.
 
         Args:
             names: of the tensors of all ranks.
             origin_step: the training step of theta_0.
+            of: those that are wanted.
         """
 
     def parts(self, position: int) -> list[Any]:

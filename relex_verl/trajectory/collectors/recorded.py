@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from relex_verl.maths.window import Window
-from relex_verl.trajectory.collectors.collector import Held, Taken, check_later
+from relex_verl.trajectory.collectors.collector import ALL, Held, Taken, check_later
 from relex_verl.trajectory.encodings import PackedStep, Packing
 from relex_verl.trajectory.encodings.fitting import check_fits
 from relex_verl.trajectory.kinds import Kind
@@ -83,7 +83,7 @@ class RowRecorder:
         """See `Collector`."""
         return
 
-    def window(self, names: Sequence[str], origin_step: int) -> Window:
+    def window(self, names: Sequence[str], origin_step: int, of: slice = ALL) -> Window:
         """See `Collector`."""
         raise NotImplementedError(ON_DISK)
 

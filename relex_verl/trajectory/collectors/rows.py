@@ -8,7 +8,7 @@ import torch
 from relex_verl.maths.gram import delta_gram, increment_gram
 from relex_verl.maths.window import Window
 from relex_verl.trajectory import replay
-from relex_verl.trajectory.collectors.collector import Held, Taken, check_later, naming
+from relex_verl.trajectory.collectors.collector import ALL, Held, Taken, check_later, naming
 from relex_verl.trajectory.encodings import MixedStep, PackedStep, Packing, Row, StoredStep
 from relex_verl.trajectory.encodings.fitting import check_fits
 from relex_verl.trajectory.kernels import warm_up
@@ -139,9 +139,10 @@ class RowCollector:
         """See `Collector`."""
         return
 
-    def window(self, names: Sequence[str], origin_step: int) -> Window:
+    def window(self, names: Sequence[str], origin_step: int, of: slice = ALL) -> Window:
         """See `Collector`."""
-        return Window(names, list(self.steps), delta_gram(increment_gram(self._gram_rows, self._tensors)), origin_step)
+        gram_LTT = increment_gram([row_Lt[of] for row_Lt in self._gram_rows], len(names[of]))
+        return Window(names[of], list(self.steps), delta_gram(gram_LTT), origin_step)
 
     @property
     def squares_LT(self) -> torch.Tensor:

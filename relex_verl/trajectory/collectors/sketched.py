@@ -8,7 +8,7 @@ import torch
 from relex_verl.maths.sketch import interval, legendre, lifted_gram, rebase
 from relex_verl.maths.window import Window
 from relex_verl.trajectory import replay
-from relex_verl.trajectory.collectors.collector import Held, Taken, check_later, naming
+from relex_verl.trajectory.collectors.collector import ALL, Held, Taken, check_later, naming
 from relex_verl.trajectory.encodings import PackedStep
 from relex_verl.trajectory.encodings.fitting import check_fits
 from relex_verl.trajectory.kernels import warm_up
@@ -112,10 +112,10 @@ class SketchCollector:
         self._moments.arrays["gram_row"] = torch.cat([self._own_gram_lrr.flatten(1), self._own_energy_lT], dim=1)
         return self._moments
 
-    def window(self, names: Sequence[str], origin_step: int) -> Window:
+    def window(self, names: Sequence[str], origin_step: int, of: slice = ALL) -> Window:
         """See `Collector`."""
-        gram_LTT, energy_L = lifted_gram(self._gram_Lrr, self.steps), self._energy_LT.sum(dim=1)
-        return Window(names, list(self.steps), gram_LTT, origin_step, energy_L)
+        gram_LTT, energy_L = lifted_gram(self._gram_Lrr[of], self.steps), self._energy_LT[of].sum(dim=1)
+        return Window(names[of], list(self.steps), gram_LTT, origin_step, energy_L)
 
     def parts(self, position: int) -> list[Any]:
         """See `Collector`."""
