@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from one_thread import one_thread
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 sys.path[:0] = [str(RECIPES), str(RECIPES / "quickstart")]
@@ -12,14 +13,6 @@ sys.path[:0] = [str(RECIPES), str(RECIPES / "quickstart")]
 from base_model import build_model, build_tokenizer  # noqa: E402
 
 __all__ = ["base", "one_thread"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import logging
 import socket
 import time
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from math import ceil, nan, prod
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ from relex_verl.maths.window import Window
 from relex_verl.pipeline.beside import Beside
 from relex_verl.pipeline.collectives import Collectives
 from relex_verl.pipeline.gathering import whole_tensors
+from relex_verl.pipeline.observation import Observation
 from relex_verl.pipeline.observer import Observer
 from relex_verl.pipeline.prediction import predicted_tensors, write_together
 from relex_verl.pipeline.staging import Staging
@@ -71,8 +72,7 @@ class RelexRank:
         self._observer.start(self._source, admit=self._admit)
         with self._ranks.together():
             if self._setup.config.overlap:
-                observed = self._observed
-                self._staging = Staging(observed.held, observed.shapes, observed.kind.dtype)
+                self._staging = Staging(self._observed.held, self._observed.shapes, self._observed.kind.dtype)
         return Started(self._observer.kind.name, self._reason, self._cost)
 
     @property
@@ -137,10 +137,9 @@ class RelexRank:
         """
         if self._staging is None:
             return self._record(step, self._source, now)
-        staging, ranks = self._staging, self._observer.ranks
-        with ranks.together():
-            staging.copy(self._source)
-        self._beside.begin(lambda: self._record(step, staging, now))
+        with self._observer.ranks.together():
+            self._staging.copy(self._source)
+        self._beside.begin(partial(self._record, step, self._staging, now))
         if now:
             self._settle()
         told, self._told = self._told, {}
@@ -151,18 +150,19 @@ class RelexRank:
         seen = observer.observe(step, source)
         if observer.ranks.rank:
             return {}
-        if isinstance(observer.collector, RowRecorder):
-            told = {"relex/observed_step": float(step), "relex/seconds": time.perf_counter() - started}
-            return told | metrics.row_metrics(seen.changed_share, seen.stored_bytes)
-        config = self._setup.config
-        # Before the fit begins, this row alone: rows of a warm-up say nothing of what will be fitted.
+        alone = isinstance(observer.collector, RowRecorder)
+        found = metrics.row_metrics(seen.changed_share, seen.stored_bytes) if alone else self._live(seen, whole)
+        return {"relex/observed_step": float(step), "relex/seconds": time.perf_counter() - started, **found}
+
+    def _live(self, seen: Observation, whole: bool) -> dict[str, float]:
+        """Figures of the window so far, of all tensors or of a sample."""
+        observer, config = self._observed, self._setup.config
         of = slice(None, None, 1 if whole else ceil(len(observer.shapes) / SAMPLE))
-        window = observer.window(of).since(min(config.fit_from, step))
-        described = describe(window, config.rank)
-        described |= {"changed_share": seen.changed_share_L[of], "stored_bytes": seen.stored_bytes_L[of]}
-        live = half_backtest(window, "relex", config.rank)
-        told = {"relex/observed_step": float(step), "relex/seconds": time.perf_counter() - started}
-        return told | metrics.step_metrics(described, seen.changed_share, seen.stored_bytes, live)
+        # Before the fit begins, this row alone: rows of a warm-up say nothing of what will be fitted.
+        window = observer.window(of).since(min(config.fit_from, seen.step))
+        each_L = {"changed_share": seen.changed_share_L[of], "stored_bytes": seen.stored_bytes_L[of]}
+        described, backtest = describe(window, config.rank) | each_L, half_backtest(window, "relex", config.rank)
+        return metrics.step_metrics(described, seen.changed_share, seen.stored_bytes, backtest)
 
     def save(self) -> None:
         """Put on disk what only memory holds, since the host is about to save a checkpoint of this step."""

@@ -2,24 +2,18 @@
 
 import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
-from fakes import DriftingModel, RankSource
 from hypothesis import given
 from hypothesis import strategies as st
 from machines import GIB, limit
 from pipeline import on_two_ranks, weights_of
+from ranks import rank_of
 
 from relex_verl.pipeline.collectives import Collectives
 from relex_verl.run.admission import BudgetError, Estimate, RankFacts, estimate
-from relex_verl.run.budget import Workload, predictions_to_write
-from relex_verl.run.config import RelexConfig
-from relex_verl.run.protocol import RunFacts, Setup
-from relex_verl.run.rank import RelexRank
-from relex_verl.run.schedule import Schedule
+from relex_verl.run.budget import Workload
 from relex_verl.trajectory.kinds import KINDS
-from relex_verl.trajectory.shards import ShardSource
 
 # A rank of 2^28 parameters takes 3 GiB: a state of 4 bytes and two rows of as many.
 PLAIN = Workload(KINDS["fp32-none"], tensors=0, rows=2, observe_every=1, predictions=1)
@@ -119,38 +113,6 @@ def test_a_run_fits_into_just_what_it_takes(
         assert decided().admitted
         assert not decided(disk=1).admitted
         assert not any(decided(short=node).admitted for node, _, _ in ranks)
-
-
-class Engine:
-    """A host's engine, as `protocol.Engine`, that offloads its optimizer."""
-
-    no_master = None
-    optimizer_on_host = True
-    adapters = None
-    aliases: dict[str, str]
-
-    def __init__(self, model: DriftingModel, rank: int = 0, world: int = 1) -> None:
-        self.step, self.aliases = 0, {}
-        self._model, self._where = model, (rank, world)
-
-    def shards(self, master: bool) -> ShardSource:
-        engine = self
-
-        class Shards:
-            def __iter__(self) -> Any:
-                return iter(RankSource(engine._model.at(engine.step), *engine._where))
-
-        return Shards()
-
-
-def rank_of(base: Path, folder: Path, rank: int = 0, world: int = 1, **relex: Any) -> tuple[RelexRank, Engine]:
-    config = RelexConfig.from_mapping({"t_cut": 3, "targets": [20], "observe_every": 1, **relex})
-    schedule = Schedule(config, 20)
-    engine = Engine(DriftingModel(weights_of(base)), rank, world)
-    predictions = predictions_to_write(len(schedule.predictions))
-    facts = RunFacts(str(base), "p", "e")
-    setup = Setup(config, schedule.plans, predictions, folder, facts, schedule.recordings)
-    return RelexRank(setup, engine), engine
 
 
 @pytest.mark.parametrize("trajectory", ["bf16", "fp32", "sketch"])

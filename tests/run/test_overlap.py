@@ -5,46 +5,19 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import DriftingModel, RankSource
-from pipeline import on_two_ranks, weights_of
+from pipeline import on_two_ranks
+from ranks import Engine, rank_of
 
 from relex_verl.pipeline.collectives import Collectives, PeerError
-from relex_verl.run.config import RelexConfig
-from relex_verl.run.protocol import RunFacts, Setup
 from relex_verl.run.rank import RelexRank
-from relex_verl.run.schedule import Schedule
-from relex_verl.trajectory.shards import ShardSource
 from relex_verl.trajectory.store import Trajectory
 
 CUT = 4
 
 
-class Engine:
-    """Float32 weights in memory, which are overwritten in place by each step, as an optimizer does it."""
-
-    no_master = None
-    adapters = None
-    optimizer_on_host = False
-    aliases: dict[str, str]
-
-    def __init__(self, base: Path, rank: int = 0, world: int = 1) -> None:
-        self.aliases, self._where = {}, (rank, world)
-        self._model = DriftingModel(weights_of(base))
-        self._weights = self._model.at(0)
-
-    def train(self, step: int) -> None:
-        for name, tensor in self._model.at(step).items():
-            self._weights[name].copy_(tensor)
-
-    def shards(self, master: bool) -> ShardSource:
-        return RankSource(self._weights, *self._where)
-
-
-def rank_of(base: Path, folder: Path, rank: int = 0, world: int = 1, **relex: Any) -> tuple[RelexRank, Engine]:
+def started(base: Path, folder: Path, rank: int = 0, world: int = 1, **relex: Any) -> tuple[RelexRank, Engine]:
     """Ready for the first step."""
-    config = RelexConfig.from_mapping({"t_cut": CUT, "targets": [20], "observe_every": 1, **relex})
-    schedule, engine = Schedule(config, 20), Engine(base, rank, world)
-    run = RelexRank(Setup(config, schedule.plans, 2, folder, RunFacts(str(base), "p", "e")), engine)
+    run, engine = rank_of(base, folder, rank, world, t_cut=CUT, **relex)
     run.start()
     run.open(0)
     return run, engine
@@ -54,7 +27,7 @@ def follow(run: RelexRank, engine: Engine) -> list[dict[str, float]]:
     """Up to the cut; what each step was told."""
     told = []
     for step in range(1, CUT + 1):
-        engine.train(step)
+        engine.step = step
         told.append(run.observe(step, now=step == CUT))
     return told
 
@@ -68,7 +41,7 @@ def test_beside_the_training_or_not_the_same_bits(trajectory: str, base: Path, t
     """The trajectory's files, G and what the driver is told, which comes a row later."""
     found = {}
     for overlap in (True, False):
-        run, engine = rank_of(base, tmp_path / str(overlap), trajectory=trajectory, overlap=overlap)
+        run, engine = started(base, tmp_path / str(overlap), trajectory=trajectory, overlap=overlap)
         told = [{key: value for key, value in one.items() if key != "relex/seconds"} for one in follow(run, engine)]
         run.fit(["relex"], [20])
         found[overlap] = told, files_of(tmp_path / str(overlap) / "trajectory"), run._observed.window().gram_LTT
@@ -83,13 +56,13 @@ def test_beside_the_training_or_not_the_same_bits(trajectory: str, base: Path, t
 
 
 def test_what_asks_for_rows_waits_for_the_one_under_way(base: Path, tmp_path: Path) -> None:
-    run, engine = rank_of(base, tmp_path)
+    run, engine = started(base, tmp_path)
     for step in (1, 2):
-        engine.train(step)
+        engine.step = step
         run.observe(step, now=False)
     run.save()  # as verl does before its checkpoint
     assert Trajectory(tmp_path / "trajectory").windows[-1].steps == [1, 2]
-    engine.train(3)
+    engine.step = 3
     assert run.observe(3, now=False)["relex/observed_step"] == 2  # nothing that was told got lost
     run.room(1)
     assert len(run._observed.steps) == 3
@@ -98,26 +71,26 @@ def test_what_asks_for_rows_waits_for_the_one_under_way(base: Path, tmp_path: Pa
 def fail_on_rank_0_alone(rank: int, world: int, base: Path, folder: Path) -> None:
     """Nothing but rank 0's figures fail, after all that the ranks do together; then a row of both fails on rank 1."""
     with pytest.MonkeyPatch.context() as patch:
-        run, engine = rank_of(base, folder / "figures", rank, world)
-        engine.train(1)
+        run, engine = started(base, folder / "figures", rank, world)
+        engine.step = 1
         run.observe(1, now=True)
 
         def fails(*_: Any) -> float:
             raise ArithmeticError("no figures")
 
         patch.setattr("relex_verl.run.rank.half_backtest", fails)
-        engine.train(2)
+        engine.step = 2
         run.observe(2, now=False)
-        engine.train(3)
+        engine.step = 3
         with pytest.raises((ArithmeticError, PeerError)) as caught:
             run.observe(3, now=False)
         assert isinstance(caught.value, PeerError) == (rank == 1)
-    run, engine = rank_of(base, folder / "row", rank, world)
-    engine.train(1)
+    run, engine = started(base, folder / "row", rank, world)
+    engine.step = 1
     if rank == 1:
-        engine._weights["model.embed_tokens.weight"] *= torch.nan
+        engine.weights["model.embed_tokens.weight"] *= torch.nan
     run.observe(1, now=False)
-    engine.train(2)
+    engine.step = 2
     with pytest.raises((ValueError, PeerError)) as caught:
         run.observe(2, now=False)
     assert isinstance(caught.value, PeerError) == (rank == 0)

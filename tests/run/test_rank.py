@@ -6,8 +6,8 @@ import pytest
 import torch
 from fakes import DriftingModel
 from pipeline import weights_of
+from ranks import rank_of
 from shell import weights
-from test_admission import rank_of
 
 from relex_verl.trajectory import replay
 from relex_verl.trajectory.store import Trajectory

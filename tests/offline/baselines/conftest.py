@@ -1,12 +1,5 @@
-"""Tiny tensors: one thread is faster than two that wait for each other."""
+"""What holds for all tests of this folder."""
 
-import pytest
-import torch
+from one_thread import one_thread
 
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+__all__ = ["one_thread"]
